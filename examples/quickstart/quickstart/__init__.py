@@ -1,0 +1,1 @@
+"""Handwritten digits, learnt across sites that keep their data."""

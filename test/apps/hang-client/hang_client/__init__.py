@@ -1,0 +1,1 @@
+"""Its client app never answers for one partition."""

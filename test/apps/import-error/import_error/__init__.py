@@ -1,0 +1,1 @@
+"""Its server imports a module that is not among its dependencies."""

@@ -1,0 +1,1 @@
+"""Depends on a package that no index has."""

@@ -1,0 +1,1 @@
+"""Its client app raises for one partition in one round; FedAvg goes on with the others."""

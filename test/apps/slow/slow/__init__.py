@@ -1,0 +1,1 @@
+"""Its clients sleep before every answer to fit."""

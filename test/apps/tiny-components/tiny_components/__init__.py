@@ -1,0 +1,1 @@
+"""tiny in the style of flwr 1.9."""
