@@ -1,0 +1,286 @@
+package job
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"math"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/pergolafl/pergola/internal/problem"
+)
+
+// Defaults of a specification.
+const (
+	DefaultOutageTolerance = Duration(time.Hour)
+	DefaultNoProgress      = Duration(time.Hour) // the reference system's progress_timeout, 3600 s
+	DefaultStartTimeout    = Duration(10 * time.Minute)
+	DefaultReadyTimeout    = Duration(time.Minute) // Flower's superlink takes up to 18 s to listen on a busy machine
+)
+
+// Engines are the ways to run an app.
+var Engines = []string{"auto", "native", "flower"}
+
+// Spec says what a job wants. The part with TOML names comes from [tool.pergola] of the app's
+// pyproject.toml and from flags; the rest is found out by whoever submits.
+type Spec struct {
+	Engine   string   `json:"engine,omitempty" toml:"engine"`
+	Sites    []string `json:"sites,omitempty" toml:"sites"`         // none = all that may
+	MinSites int      `json:"min-sites,omitempty" toml:"min-sites"` // 0 = all wanted ones
+
+	Deadline        Duration `json:"deadline,omitzero" toml:"deadline"`                 // from the start of preparing to the end
+	OutageTolerance Duration `json:"outage-tolerance,omitzero" toml:"outage-tolerance"` // how long a site may be away
+	NoProgress      Duration `json:"no-progress,omitzero" toml:"no-progress"`           // longest silence of all parties together
+	StartTimeout    Duration `json:"start-timeout,omitzero" toml:"start-timeout"`       // until all wanted sites are ready
+
+	Server  Server   `json:"server,omitzero" toml:"server"`
+	Site    Site     `json:"site,omitzero" toml:"site"`
+	Exclude []string `json:"exclude,omitempty" toml:"exclude"` // path.Match globs of what the bundle leaves out
+
+	RunConfig     []string `json:"run-config,omitempty" toml:"-"`     // "k=v" words that flags added
+	Flwr          string   `json:"flwr,omitempty" toml:"-"`           // the version asked for; "" = the app's requirement
+	FlwrVersion   string   `json:"flwr-version,omitempty" toml:"-"`   // the version in the lock
+	PythonVersion string   `json:"python-version,omitempty" toml:"-"` // of the interpreter the lock was made for, "3.12"
+	App           App      `json:"app,omitzero" toml:"-"`
+}
+
+// App is the app as its own pyproject.toml names it.
+type App struct {
+	Name    string `json:"name,omitempty"`
+	Version string `json:"version,omitempty"`
+}
+
+// Server is what the job wants on the hub's side.
+type Server struct {
+	Args         []string          `json:"args,omitempty" toml:"args"`                  // to the server app
+	Database     string            `json:"database,omitempty" toml:"database"`          // to the superlink
+	ReadyTimeout Duration          `json:"ready-timeout,omitzero" toml:"ready-timeout"` // until the superlink serves
+	Env          map[string]string `json:"env,omitempty" toml:"env"`
+}
+
+// Site is what the job wants at sites: at every one, and in Named what a single one has in addition.
+type Site struct {
+	Env        map[string]string `json:"env,omitempty" toml:"env"`
+	NodeConfig NodeConfig        `json:"node-config,omitempty" toml:"node-config"`
+	Named      map[string]Site   `json:"named,omitempty" toml:"-"` // by the site's name; one level deep
+}
+
+// NodeConfig is what Flower hands to every ClientApp of a node: scalars (string, int64, float64,
+// bool). As JSON it keeps the difference between 1 and 1.0, which Flower's apps see.
+type NodeConfig map[string]any
+
+// MarshalJSON writes floats so that they can be told from integers.
+func (c NodeConfig) MarshalJSON() ([]byte, error) {
+	m := make(map[string]any, len(c))
+	for k, v := range c {
+		if f, ok := v.(float64); ok {
+			if math.IsNaN(f) || math.IsInf(f, 0) {
+				return nil, problem.New(problem.Usage, "write a finite number", "node-config %s is not a finite number", k)
+			}
+			s := strconv.FormatFloat(f, 'g', -1, 64)
+			if !strings.ContainsAny(s, ".e") {
+				s += ".0"
+			}
+			v = json.RawMessage(s)
+		}
+		m[k] = v
+	}
+	return json.Marshal(m)
+}
+
+// UnmarshalJSON reads what MarshalJSON writes.
+func (c *NodeConfig) UnmarshalJSON(b []byte) error {
+	var m map[string]any
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.UseNumber()
+	if err := d.Decode(&m); err != nil {
+		return err
+	}
+	for k, v := range m {
+		n, ok := v.(json.Number)
+		if !ok {
+			continue
+		}
+		if i, err := strconv.ParseInt(n.String(), 10, 64); err == nil {
+			m[k] = i
+		} else if f, err := n.Float64(); err == nil {
+			m[k] = f
+		} else {
+			return fmt.Errorf("node-config %s: %w", k, err)
+		}
+	}
+	*c = m
+	return nil
+}
+
+// NodeConfigFor gives the node config of one site: what the job says for every site, then what it
+// says for this one, then partition-id and num-partitions where it says neither. Index is the
+// site's place among the n sites of the job, from 0. The caller may change the result.
+func (s Spec) NodeConfigFor(site string, index, n int) map[string]any {
+	c := map[string]any{"partition-id": int64(index), "num-partitions": int64(n)}
+	maps.Copy(c, s.Site.NodeConfig)
+	maps.Copy(c, s.Site.Named[site].NodeConfig)
+	return c
+}
+
+// EnvFor gives the variables that the job sets for a party's programs: for HubParty those of
+// [tool.pergola.server], for a site those of every site and then its own. The caller may change
+// the result.
+func (s Spec) EnvFor(party string) map[string]string {
+	env := map[string]string{}
+	if party == HubParty {
+		maps.Copy(env, s.Server.Env)
+		return env
+	}
+	maps.Copy(env, s.Site.Env)
+	maps.Copy(env, s.Site.Named[party].Env)
+	return env
+}
+
+// Need gives how many of the wanted sites must be ready before the app starts.
+func (s Spec) Need(wanted int) int {
+	if s.MinSites == 0 {
+		return wanted
+	}
+	return s.MinSites
+}
+
+// WithDefaults fills in what nobody said. The deadline has no default: there is none.
+func (s Spec) WithDefaults() Spec {
+	if s.Engine == "" {
+		s.Engine = Engines[0]
+	}
+	s.Deadline = s.Deadline.Or(NoLimit)
+	s.OutageTolerance = s.OutageTolerance.Or(DefaultOutageTolerance)
+	s.NoProgress = s.NoProgress.Or(DefaultNoProgress)
+	s.StartTimeout = s.StartTimeout.Or(DefaultStartTimeout)
+	s.Server.ReadyTimeout = s.Server.ReadyTimeout.Or(DefaultReadyTimeout)
+	return s
+}
+
+// Validate finds the first fault of a specification, whoever wrote it: a *problem.Error with the
+// code usage, or nil.
+func (s Spec) Validate() error {
+	if f := s.faults(); len(f) > 0 {
+		return problem.New(problem.Usage, f[0].next, "%s: %s", strings.Join(f[0].key, "."), f[0].msg)
+	}
+	return nil
+}
+
+// A fault is what is wrong with the value of a key; the key is a path below [tool.pergola].
+type fault struct {
+	key       []string
+	msg, next string
+}
+
+func (s Spec) faults() []fault {
+	var out []fault
+	add := func(msg, next string, key ...string) {
+		if msg != "" {
+			out = append(out, fault{key, msg, next})
+		}
+	}
+	if s.Engine != "" && !slices.Contains(Engines, s.Engine) {
+		add(fmt.Sprintf("there is no engine %q", s.Engine)+problem.DidYouMean(s.Engine, Engines),
+			"choose one of "+strings.Join(Engines, ", "), "engine")
+	}
+	seen := map[string]bool{}
+	for _, name := range s.Sites {
+		msg, next := nameFault("site", name)
+		add(msg, next, "sites")
+		if seen[name] {
+			add(fmt.Sprintf("site %q is named twice", name), "name it once", "sites")
+		}
+		seen[name] = true
+	}
+	if s.MinSites < 0 {
+		add("a number of sites cannot be negative", "give 1 or more, or leave it out for all wanted sites", "min-sites")
+	}
+	if len(s.Sites) > 0 && s.MinSites > len(s.Sites) {
+		add(fmt.Sprintf("%d sites are needed, but only %d are wanted", s.MinSites, len(s.Sites)), "lower min-sites or name more sites", "min-sites")
+	}
+	for _, d := range []struct {
+		key []string
+		val Duration
+	}{
+		{[]string{"deadline"}, s.Deadline},
+		{[]string{"outage-tolerance"}, s.OutageTolerance},
+		{[]string{"no-progress"}, s.NoProgress},
+		{[]string{"start-timeout"}, s.StartTimeout},
+		{[]string{"server", "ready-timeout"}, s.Server.ReadyTimeout},
+	} {
+		if d.val < NoLimit {
+			add("a duration cannot be negative", durationRule, d.key...)
+		}
+	}
+	for _, p := range s.Exclude {
+		if _, err := path.Match(p, ""); err != nil || p == "" {
+			add(fmt.Sprintf("%q is not a pattern", p), `write patterns like "*.csv" or "data/*"`, "exclude")
+		}
+	}
+	for _, kv := range s.RunConfig {
+		if k, _, ok := strings.Cut(kv, "="); !ok || strings.TrimSpace(k) == "" {
+			add(fmt.Sprintf("%q is not KEY=VALUE", kv), "write it like num-server-rounds=5", "run-config")
+		}
+	}
+	for _, a := range s.Server.Args {
+		if strings.ContainsRune(a, 0) {
+			add("an argument holds a zero byte, which no program can be given", "remove it", "server", "args")
+		}
+	}
+	if strings.ContainsRune(s.Server.Database, 0) {
+		add("the name holds a zero byte", "remove it", "server", "database")
+	}
+	envFaults(s.Server.Env, add, "server", "env")
+	s.Site.faults(add, "site")
+	for _, name := range slices.Sorted(maps.Keys(s.Site.Named)) {
+		msg, next := nameFault("site", name)
+		add(msg, next, "site", name)
+		s.Site.Named[name].faults(add, "site", name)
+		if s.Site.Named[name].Named != nil {
+			add("a site has no sites of its own", "move the table one level up", "site", name)
+		}
+	}
+	return out
+}
+
+func (s Site) faults(add func(msg, next string, key ...string), at ...string) {
+	envFaults(s.Env, add, append(slices.Clone(at), "env")...)
+	for _, k := range slices.Sorted(maps.Keys(s.NodeConfig)) {
+		key := append(slices.Clone(at), "node-config", k)
+		switch v := s.NodeConfig[k].(type) {
+		case string, bool, int64, int:
+		case float64:
+			if math.IsNaN(v) || math.IsInf(v, 0) {
+				add("the value is not a finite number", "write a finite number", key...)
+			}
+		default:
+			add("Flower takes only strings, numbers and booleans here", "write a string, or several keys", key...)
+		}
+		if k == "" || strings.ContainsAny(k, " \t\r\n=\"'\x00") {
+			add(fmt.Sprintf("%q cannot be a key of Flower's node config", k), "use letters, digits, hyphens, underscores and dots", key...)
+		}
+	}
+}
+
+// MarkPrefix begins the names of Pergola's own variables, by which it finds its programs again.
+const MarkPrefix = "PERGOLA_"
+
+func envFaults(env map[string]string, add func(msg, next string, key ...string), at ...string) {
+	for _, k := range slices.Sorted(maps.Keys(env)) {
+		key := append(slices.Clone(at), k)
+		switch {
+		case k == "" || strings.ContainsAny(k, "=\x00"):
+			add(fmt.Sprintf("%q cannot be the name of an environment variable", k), "use letters, digits and underscores", key...)
+		case strings.HasPrefix(k, MarkPrefix):
+			add("variables that begin with "+MarkPrefix+" belong to Pergola", "choose another name", key...)
+		case strings.ContainsRune(env[k], 0):
+			add("the value holds a zero byte, which no program can be given", "remove it", key...)
+		}
+	}
+}
