@@ -9,7 +9,6 @@ package pergolav1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
-	structpb "google.golang.org/protobuf/types/known/structpb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -28,8 +27,9 @@ type SubmitJobRequest struct {
 	Key          string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
 	Name         string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	BundleDigest string `protobuf:"bytes,3,opt,name=bundle_digest,json=bundleDigest,proto3" json:"bundle_digest,omitempty"`
-	// The job's settings with the keys of [tool.pergola]; durations as strings ("6h").
-	Spec          *structpb.Struct `protobuf:"bytes,4,opt,name=spec,proto3" json:"spec,omitempty"`
+	// The job's settings as JSON, with the keys of [tool.pergola]; durations as strings ("6h").
+	// JSON text, since node config tells 1 from 1.0 and protobuf's Struct does not.
+	SpecJson      string `protobuf:"bytes,4,opt,name=spec_json,json=specJson,proto3" json:"spec_json,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -85,11 +85,11 @@ func (x *SubmitJobRequest) GetBundleDigest() string {
 	return ""
 }
 
-func (x *SubmitJobRequest) GetSpec() *structpb.Struct {
+func (x *SubmitJobRequest) GetSpecJson() string {
 	if x != nil {
-		return x.Spec
+		return x.SpecJson
 	}
-	return nil
+	return ""
 }
 
 type SubmitJobResponse struct {
@@ -751,12 +751,12 @@ var File_pergola_v1_jobs_proto protoreflect.FileDescriptor
 const file_pergola_v1_jobs_proto_rawDesc = "" +
 	"\n" +
 	"\x15pergola/v1/jobs.proto\x12\n" +
-	"pergola.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x16pergola/v1/types.proto\"\x8a\x01\n" +
+	"pergola.v1\x1a\x16pergola/v1/types.proto\"z\n" +
 	"\x10SubmitJobRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
-	"\rbundle_digest\x18\x03 \x01(\tR\fbundleDigest\x12+\n" +
-	"\x04spec\x18\x04 \x01(\v2\x17.google.protobuf.StructR\x04spec\"6\n" +
+	"\rbundle_digest\x18\x03 \x01(\tR\fbundleDigest\x12\x1b\n" +
+	"\tspec_json\x18\x04 \x01(\tR\bspecJson\"6\n" +
 	"\x11SubmitJobResponse\x12!\n" +
 	"\x03job\x18\x01 \x01(\v2\x0f.pergola.v1.JobR\x03job\"\x1f\n" +
 	"\rGetJobRequest\x12\x0e\n" +
@@ -828,39 +828,37 @@ var file_pergola_v1_jobs_proto_goTypes = []any{
 	(*ListSitesRequest)(nil),  // 12: pergola.v1.ListSitesRequest
 	(*ListSitesResponse)(nil), // 13: pergola.v1.ListSitesResponse
 	(*Site)(nil),              // 14: pergola.v1.Site
-	(*structpb.Struct)(nil),   // 15: google.protobuf.Struct
-	(*Job)(nil),               // 16: pergola.v1.Job
-	(*Event)(nil),             // 17: pergola.v1.Event
-	(*LogChunk)(nil),          // 18: pergola.v1.LogChunk
+	(*Job)(nil),               // 15: pergola.v1.Job
+	(*Event)(nil),             // 16: pergola.v1.Event
+	(*LogChunk)(nil),          // 17: pergola.v1.LogChunk
 }
 var file_pergola_v1_jobs_proto_depIdxs = []int32{
-	15, // 0: pergola.v1.SubmitJobRequest.spec:type_name -> google.protobuf.Struct
-	16, // 1: pergola.v1.SubmitJobResponse.job:type_name -> pergola.v1.Job
-	16, // 2: pergola.v1.GetJobResponse.job:type_name -> pergola.v1.Job
-	16, // 3: pergola.v1.ListJobsResponse.jobs:type_name -> pergola.v1.Job
-	16, // 4: pergola.v1.AbortJobResponse.job:type_name -> pergola.v1.Job
-	17, // 5: pergola.v1.WatchJobResponse.event:type_name -> pergola.v1.Event
-	18, // 6: pergola.v1.TailLogsResponse.chunk:type_name -> pergola.v1.LogChunk
-	14, // 7: pergola.v1.ListSitesResponse.sites:type_name -> pergola.v1.Site
-	0,  // 8: pergola.v1.JobService.SubmitJob:input_type -> pergola.v1.SubmitJobRequest
-	2,  // 9: pergola.v1.JobService.GetJob:input_type -> pergola.v1.GetJobRequest
-	4,  // 10: pergola.v1.JobService.ListJobs:input_type -> pergola.v1.ListJobsRequest
-	6,  // 11: pergola.v1.JobService.AbortJob:input_type -> pergola.v1.AbortJobRequest
-	8,  // 12: pergola.v1.JobService.WatchJob:input_type -> pergola.v1.WatchJobRequest
-	10, // 13: pergola.v1.JobService.TailLogs:input_type -> pergola.v1.TailLogsRequest
-	12, // 14: pergola.v1.JobService.ListSites:input_type -> pergola.v1.ListSitesRequest
-	1,  // 15: pergola.v1.JobService.SubmitJob:output_type -> pergola.v1.SubmitJobResponse
-	3,  // 16: pergola.v1.JobService.GetJob:output_type -> pergola.v1.GetJobResponse
-	5,  // 17: pergola.v1.JobService.ListJobs:output_type -> pergola.v1.ListJobsResponse
-	7,  // 18: pergola.v1.JobService.AbortJob:output_type -> pergola.v1.AbortJobResponse
-	9,  // 19: pergola.v1.JobService.WatchJob:output_type -> pergola.v1.WatchJobResponse
-	11, // 20: pergola.v1.JobService.TailLogs:output_type -> pergola.v1.TailLogsResponse
-	13, // 21: pergola.v1.JobService.ListSites:output_type -> pergola.v1.ListSitesResponse
-	15, // [15:22] is the sub-list for method output_type
-	8,  // [8:15] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	15, // 0: pergola.v1.SubmitJobResponse.job:type_name -> pergola.v1.Job
+	15, // 1: pergola.v1.GetJobResponse.job:type_name -> pergola.v1.Job
+	15, // 2: pergola.v1.ListJobsResponse.jobs:type_name -> pergola.v1.Job
+	15, // 3: pergola.v1.AbortJobResponse.job:type_name -> pergola.v1.Job
+	16, // 4: pergola.v1.WatchJobResponse.event:type_name -> pergola.v1.Event
+	17, // 5: pergola.v1.TailLogsResponse.chunk:type_name -> pergola.v1.LogChunk
+	14, // 6: pergola.v1.ListSitesResponse.sites:type_name -> pergola.v1.Site
+	0,  // 7: pergola.v1.JobService.SubmitJob:input_type -> pergola.v1.SubmitJobRequest
+	2,  // 8: pergola.v1.JobService.GetJob:input_type -> pergola.v1.GetJobRequest
+	4,  // 9: pergola.v1.JobService.ListJobs:input_type -> pergola.v1.ListJobsRequest
+	6,  // 10: pergola.v1.JobService.AbortJob:input_type -> pergola.v1.AbortJobRequest
+	8,  // 11: pergola.v1.JobService.WatchJob:input_type -> pergola.v1.WatchJobRequest
+	10, // 12: pergola.v1.JobService.TailLogs:input_type -> pergola.v1.TailLogsRequest
+	12, // 13: pergola.v1.JobService.ListSites:input_type -> pergola.v1.ListSitesRequest
+	1,  // 14: pergola.v1.JobService.SubmitJob:output_type -> pergola.v1.SubmitJobResponse
+	3,  // 15: pergola.v1.JobService.GetJob:output_type -> pergola.v1.GetJobResponse
+	5,  // 16: pergola.v1.JobService.ListJobs:output_type -> pergola.v1.ListJobsResponse
+	7,  // 17: pergola.v1.JobService.AbortJob:output_type -> pergola.v1.AbortJobResponse
+	9,  // 18: pergola.v1.JobService.WatchJob:output_type -> pergola.v1.WatchJobResponse
+	11, // 19: pergola.v1.JobService.TailLogs:output_type -> pergola.v1.TailLogsResponse
+	13, // 20: pergola.v1.JobService.ListSites:output_type -> pergola.v1.ListSitesResponse
+	14, // [14:21] is the sub-list for method output_type
+	7,  // [7:14] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_pergola_v1_jobs_proto_init() }

@@ -9,7 +9,6 @@ package pergolav1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
-	structpb "google.golang.org/protobuf/types/known/structpb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -185,9 +184,10 @@ type DesiredParty struct {
 	Desired      Desired                `protobuf:"varint,2,opt,name=desired,proto3,enum=pergola.v1.Desired" json:"desired,omitempty"`
 	BundleDigest string                 `protobuf:"bytes,3,opt,name=bundle_digest,json=bundleDigest,proto3" json:"bundle_digest,omitempty"`
 	// The site's place among the job's sites, from 0, and their number.
-	Index         int32            `protobuf:"varint,4,opt,name=index,proto3" json:"index,omitempty"`
-	Count         int32            `protobuf:"varint,5,opt,name=count,proto3" json:"count,omitempty"`
-	Spec          *structpb.Struct `protobuf:"bytes,6,opt,name=spec,proto3" json:"spec,omitempty"`
+	Index int32 `protobuf:"varint,4,opt,name=index,proto3" json:"index,omitempty"`
+	Count int32 `protobuf:"varint,5,opt,name=count,proto3" json:"count,omitempty"`
+	// The job's settings as JSON, with the keys of [tool.pergola]; durations as strings ("6h").
+	SpecJson      string `protobuf:"bytes,6,opt,name=spec_json,json=specJson,proto3" json:"spec_json,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -257,11 +257,11 @@ func (x *DesiredParty) GetCount() int32 {
 	return 0
 }
 
-func (x *DesiredParty) GetSpec() *structpb.Struct {
+func (x *DesiredParty) GetSpecJson() string {
 	if x != nil {
-		return x.Spec
+		return x.SpecJson
 	}
-	return nil
+	return ""
 }
 
 type ReportRequest struct {
@@ -600,8 +600,9 @@ func (x *GetLogOffsetsResponse) GetOffsets() map[string]int64 {
 }
 
 type PushLogsRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Chunk         *LogChunk              `protobuf:"bytes,1,opt,name=chunk,proto3" json:"chunk,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Each chunk at the offset that the hub has; bytes that it has already are skipped.
+	Chunks        []*LogChunk `protobuf:"bytes,1,rep,name=chunks,proto3" json:"chunks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -636,9 +637,9 @@ func (*PushLogsRequest) Descriptor() ([]byte, []int) {
 	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{10}
 }
 
-func (x *PushLogsRequest) GetChunk() *LogChunk {
+func (x *PushLogsRequest) GetChunks() []*LogChunk {
 	if x != nil {
-		return x.Chunk
+		return x.Chunks
 	}
 	return nil
 }
@@ -684,19 +685,19 @@ var File_pergola_v1_sites_proto protoreflect.FileDescriptor
 const file_pergola_v1_sites_proto_rawDesc = "" +
 	"\n" +
 	"\x16pergola/v1/sites.proto\x12\n" +
-	"pergola.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x16pergola/v1/types.proto\"V\n" +
+	"pergola.v1\x1a\x16pergola/v1/types.proto\"V\n" +
 	"\x13WatchDesiredRequest\x12#\n" +
 	"\ragent_version\x18\x01 \x01(\tR\fagentVersion\x12\x1a\n" +
 	"\bprotocol\x18\x02 \x01(\x05R\bprotocol\"J\n" +
 	"\x14WatchDesiredResponse\x122\n" +
-	"\aparties\x18\x01 \x03(\v2\x18.pergola.v1.DesiredPartyR\aparties\"\xd2\x01\n" +
+	"\aparties\x18\x01 \x03(\v2\x18.pergola.v1.DesiredPartyR\aparties\"\xc2\x01\n" +
 	"\fDesiredParty\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12-\n" +
 	"\adesired\x18\x02 \x01(\x0e2\x13.pergola.v1.DesiredR\adesired\x12#\n" +
 	"\rbundle_digest\x18\x03 \x01(\tR\fbundleDigest\x12\x14\n" +
 	"\x05index\x18\x04 \x01(\x05R\x05index\x12\x14\n" +
-	"\x05count\x18\x05 \x01(\x05R\x05count\x12+\n" +
-	"\x04spec\x18\x06 \x01(\v2\x17.google.protobuf.StructR\x04spec\"Z\n" +
+	"\x05count\x18\x05 \x01(\x05R\x05count\x12\x1b\n" +
+	"\tspec_json\x18\x06 \x01(\tR\bspecJson\"Z\n" +
 	"\rReportRequest\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x122\n" +
 	"\aentries\x18\x02 \x03(\v2\x18.pergola.v1.JournalEntryR\aentries\"I\n" +
@@ -716,9 +717,9 @@ const file_pergola_v1_sites_proto_rawDesc = "" +
 	"\aoffsets\x18\x01 \x03(\v2..pergola.v1.GetLogOffsetsResponse.OffsetsEntryR\aoffsets\x1a:\n" +
 	"\fOffsetsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"=\n" +
-	"\x0fPushLogsRequest\x12*\n" +
-	"\x05chunk\x18\x01 \x01(\v2\x14.pergola.v1.LogChunkR\x05chunk\"\x12\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"?\n" +
+	"\x0fPushLogsRequest\x12,\n" +
+	"\x06chunks\x18\x01 \x03(\v2\x14.pergola.v1.LogChunkR\x06chunks\"\x12\n" +
 	"\x10PushLogsResponse*g\n" +
 	"\aDesired\x12\x17\n" +
 	"\x13DESIRED_UNSPECIFIED\x10\x00\x12\x0e\n" +
@@ -726,13 +727,13 @@ const file_pergola_v1_sites_proto_rawDesc = "" +
 	"DESIRED_UP\x10\x01\x12\x0f\n" +
 	"\vDESIRED_RUN\x10\x02\x12\x10\n" +
 	"\fDESIRED_STOP\x10\x03\x12\x10\n" +
-	"\fDESIRED_KILL\x10\x042\xa1\x03\n" +
+	"\fDESIRED_KILL\x10\x042\x9f\x03\n" +
 	"\vSiteService\x12S\n" +
 	"\fWatchDesired\x12\x1f.pergola.v1.WatchDesiredRequest\x1a .pergola.v1.WatchDesiredResponse0\x01\x12?\n" +
 	"\x06Report\x12\x19.pergola.v1.ReportRequest\x1a\x1a.pergola.v1.ReportResponse\x12]\n" +
 	"\x10IssueCertificate\x12#.pergola.v1.IssueCertificateRequest\x1a$.pergola.v1.IssueCertificateResponse\x12T\n" +
-	"\rGetLogOffsets\x12 .pergola.v1.GetLogOffsetsRequest\x1a!.pergola.v1.GetLogOffsetsResponse\x12G\n" +
-	"\bPushLogs\x12\x1b.pergola.v1.PushLogsRequest\x1a\x1c.pergola.v1.PushLogsResponse(\x01B@Z>github.com/pergolafl/pergola/internal/api/pergola/v1;pergolav1b\x06proto3"
+	"\rGetLogOffsets\x12 .pergola.v1.GetLogOffsetsRequest\x1a!.pergola.v1.GetLogOffsetsResponse\x12E\n" +
+	"\bPushLogs\x12\x1b.pergola.v1.PushLogsRequest\x1a\x1c.pergola.v1.PushLogsResponseB@Z>github.com/pergolafl/pergola/internal/api/pergola/v1;pergolav1b\x06proto3"
 
 var (
 	file_pergola_v1_sites_proto_rawDescOnce sync.Once
@@ -763,33 +764,31 @@ var file_pergola_v1_sites_proto_goTypes = []any{
 	(*PushLogsRequest)(nil),          // 11: pergola.v1.PushLogsRequest
 	(*PushLogsResponse)(nil),         // 12: pergola.v1.PushLogsResponse
 	nil,                              // 13: pergola.v1.GetLogOffsetsResponse.OffsetsEntry
-	(*structpb.Struct)(nil),          // 14: google.protobuf.Struct
-	(*Event)(nil),                    // 15: pergola.v1.Event
-	(*LogChunk)(nil),                 // 16: pergola.v1.LogChunk
+	(*Event)(nil),                    // 14: pergola.v1.Event
+	(*LogChunk)(nil),                 // 15: pergola.v1.LogChunk
 }
 var file_pergola_v1_sites_proto_depIdxs = []int32{
 	3,  // 0: pergola.v1.WatchDesiredResponse.parties:type_name -> pergola.v1.DesiredParty
 	0,  // 1: pergola.v1.DesiredParty.desired:type_name -> pergola.v1.Desired
-	14, // 2: pergola.v1.DesiredParty.spec:type_name -> google.protobuf.Struct
-	5,  // 3: pergola.v1.ReportRequest.entries:type_name -> pergola.v1.JournalEntry
-	15, // 4: pergola.v1.JournalEntry.event:type_name -> pergola.v1.Event
-	13, // 5: pergola.v1.GetLogOffsetsResponse.offsets:type_name -> pergola.v1.GetLogOffsetsResponse.OffsetsEntry
-	16, // 6: pergola.v1.PushLogsRequest.chunk:type_name -> pergola.v1.LogChunk
-	1,  // 7: pergola.v1.SiteService.WatchDesired:input_type -> pergola.v1.WatchDesiredRequest
-	4,  // 8: pergola.v1.SiteService.Report:input_type -> pergola.v1.ReportRequest
-	7,  // 9: pergola.v1.SiteService.IssueCertificate:input_type -> pergola.v1.IssueCertificateRequest
-	9,  // 10: pergola.v1.SiteService.GetLogOffsets:input_type -> pergola.v1.GetLogOffsetsRequest
-	11, // 11: pergola.v1.SiteService.PushLogs:input_type -> pergola.v1.PushLogsRequest
-	2,  // 12: pergola.v1.SiteService.WatchDesired:output_type -> pergola.v1.WatchDesiredResponse
-	6,  // 13: pergola.v1.SiteService.Report:output_type -> pergola.v1.ReportResponse
-	8,  // 14: pergola.v1.SiteService.IssueCertificate:output_type -> pergola.v1.IssueCertificateResponse
-	10, // 15: pergola.v1.SiteService.GetLogOffsets:output_type -> pergola.v1.GetLogOffsetsResponse
-	12, // 16: pergola.v1.SiteService.PushLogs:output_type -> pergola.v1.PushLogsResponse
-	12, // [12:17] is the sub-list for method output_type
-	7,  // [7:12] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	5,  // 2: pergola.v1.ReportRequest.entries:type_name -> pergola.v1.JournalEntry
+	14, // 3: pergola.v1.JournalEntry.event:type_name -> pergola.v1.Event
+	13, // 4: pergola.v1.GetLogOffsetsResponse.offsets:type_name -> pergola.v1.GetLogOffsetsResponse.OffsetsEntry
+	15, // 5: pergola.v1.PushLogsRequest.chunks:type_name -> pergola.v1.LogChunk
+	1,  // 6: pergola.v1.SiteService.WatchDesired:input_type -> pergola.v1.WatchDesiredRequest
+	4,  // 7: pergola.v1.SiteService.Report:input_type -> pergola.v1.ReportRequest
+	7,  // 8: pergola.v1.SiteService.IssueCertificate:input_type -> pergola.v1.IssueCertificateRequest
+	9,  // 9: pergola.v1.SiteService.GetLogOffsets:input_type -> pergola.v1.GetLogOffsetsRequest
+	11, // 10: pergola.v1.SiteService.PushLogs:input_type -> pergola.v1.PushLogsRequest
+	2,  // 11: pergola.v1.SiteService.WatchDesired:output_type -> pergola.v1.WatchDesiredResponse
+	6,  // 12: pergola.v1.SiteService.Report:output_type -> pergola.v1.ReportResponse
+	8,  // 13: pergola.v1.SiteService.IssueCertificate:output_type -> pergola.v1.IssueCertificateResponse
+	10, // 14: pergola.v1.SiteService.GetLogOffsets:output_type -> pergola.v1.GetLogOffsetsResponse
+	12, // 15: pergola.v1.SiteService.PushLogs:output_type -> pergola.v1.PushLogsResponse
+	11, // [11:16] is the sub-list for method output_type
+	6,  // [6:11] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_pergola_v1_sites_proto_init() }

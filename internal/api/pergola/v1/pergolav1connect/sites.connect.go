@@ -68,7 +68,7 @@ var (
 	})
 	siteServicePushLogsSpec = sync.OnceValue(func() connect.Spec {
 		return connect.Spec{
-			StreamType: connect.StreamTypeClient,
+			StreamType: connect.StreamTypeUnary,
 			Schema:     v1.File_pergola_v1_sites_proto.Services().ByName("SiteService").Methods().ByName("PushLogs"),
 			Procedure:  SiteServicePushLogsProcedure,
 		}
@@ -87,7 +87,7 @@ type SiteServiceClient interface {
 	// GetLogOffsets tells how much of each log file of a party the hub has.
 	GetLogOffsets(context.Context, *v1.GetLogOffsetsRequest) (*v1.GetLogOffsetsResponse, error)
 	// PushLogs appends to the hub's copy of a party's log files.
-	PushLogs(context.Context) (SiteServicePushLogsClientStream, error)
+	PushLogs(context.Context, *v1.PushLogsRequest) (*v1.PushLogsResponse, error)
 }
 
 // NewSiteServiceClient constructs a client for the pergola.v1.SiteService service. Multiple service
@@ -116,35 +116,6 @@ func (s SiteServiceWatchDesiredClientStream) Close() error {
 	return s.stream.Close()
 }
 
-// SiteServicePushLogsClientStream is the client stream for the SiteService's PushLogs RPC.
-type SiteServicePushLogsClientStream struct {
-	stream connect.ClientStream
-}
-
-// SendHeaders opens the stream and flushes the request headers without a message. The first Send or
-// Receive does this implicitly.
-func (s SiteServicePushLogsClientStream) SendHeaders() error {
-	return s.stream.SendHeaders()
-}
-
-// Send sends a request message to the server.
-func (s SiteServicePushLogsClientStream) Send(req *v1.PushLogsRequest) error {
-	return s.stream.Send(req)
-}
-
-// CloseAndReceive closes the request side of the stream and returns the single response message. It
-// reads the stream to completion to release its resources.
-func (s SiteServicePushLogsClientStream) CloseAndReceive() (*v1.PushLogsResponse, error) {
-	if err := s.stream.CloseSend(); err != nil {
-		return nil, err
-	}
-	var res v1.PushLogsResponse
-	if err := s.stream.Receive(&res); err != nil {
-		return nil, err
-	}
-	return &res, nil
-}
-
 // SiteServiceHandler is an implementation of the pergola.v1.SiteService service.
 type SiteServiceHandler interface {
 	// WatchDesired streams what the site should be running: the whole set at first, and again whenever it
@@ -157,7 +128,7 @@ type SiteServiceHandler interface {
 	// GetLogOffsets tells how much of each log file of a party the hub has.
 	GetLogOffsets(context.Context, *v1.GetLogOffsetsRequest) (*v1.GetLogOffsetsResponse, error)
 	// PushLogs appends to the hub's copy of a party's log files.
-	PushLogs(context.Context, SiteServicePushLogsServerStream) (*v1.PushLogsResponse, error)
+	PushLogs(context.Context, *v1.PushLogsRequest) (*v1.PushLogsResponse, error)
 }
 
 // RegisterSiteServiceHandler registers svc as the pergola.v1.SiteService implementation on server.
@@ -187,20 +158,6 @@ func (s SiteServiceWatchDesiredServerStream) Send(res *v1.WatchDesiredResponse) 
 	return s.stream.Send(res)
 }
 
-// SiteServicePushLogsServerStream is the server stream for the SiteService's PushLogs RPC.
-type SiteServicePushLogsServerStream struct {
-	stream connect.ServerStream
-}
-
-// Receive returns the next request message from the client.
-func (s SiteServicePushLogsServerStream) Receive() (*v1.PushLogsRequest, error) {
-	var req v1.PushLogsRequest
-	if err := s.stream.Receive(&req); err != nil {
-		return nil, err
-	}
-	return &req, nil
-}
-
 // UnimplementedSiteServiceHandler returns CodeUnimplemented from all methods.
 type UnimplementedSiteServiceHandler struct{}
 
@@ -220,7 +177,7 @@ func (UnimplementedSiteServiceHandler) GetLogOffsets(context.Context, *v1.GetLog
 	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.SiteService.GetLogOffsets is not implemented")
 }
 
-func (UnimplementedSiteServiceHandler) PushLogs(context.Context, SiteServicePushLogsServerStream) (*v1.PushLogsResponse, error) {
+func (UnimplementedSiteServiceHandler) PushLogs(context.Context, *v1.PushLogsRequest) (*v1.PushLogsResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.SiteService.PushLogs is not implemented")
 }
 
@@ -260,12 +217,12 @@ func (c *siteServiceClient) GetLogOffsets(ctx context.Context, req *v1.GetLogOff
 	return &res, nil
 }
 
-func (c *siteServiceClient) PushLogs(ctx context.Context) (SiteServicePushLogsClientStream, error) {
-	stream, err := c.client.CallClientStream(ctx, siteServicePushLogsSpec())
-	if err != nil {
-		return SiteServicePushLogsClientStream{}, err
+func (c *siteServiceClient) PushLogs(ctx context.Context, req *v1.PushLogsRequest) (*v1.PushLogsResponse, error) {
+	var res v1.PushLogsResponse
+	if err := c.client.CallUnary(ctx, siteServicePushLogsSpec(), req, &res); err != nil {
+		return nil, err
 	}
-	return SiteServicePushLogsClientStream{stream: stream}, nil
+	return &res, nil
 }
 
 type siteServiceHandler struct{ svc SiteServiceHandler }
@@ -315,7 +272,11 @@ func (h siteServiceHandler) getLogOffsets(ctx context.Context, _ connect.Spec, s
 }
 
 func (h siteServiceHandler) pushLogs(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
-	res, err := h.svc.PushLogs(ctx, SiteServicePushLogsServerStream{stream: stream})
+	var req v1.PushLogsRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.PushLogs(ctx, &req)
 	if err != nil {
 		return err
 	}

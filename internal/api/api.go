@@ -1,0 +1,215 @@
+// Package api has what both ends of the API share: problems on the wire, the forms of events and jobs,
+// and clients. The messages are generated from proto/ into pergola/v1 below.
+//
+// It serves nothing and keeps nothing; hub, site and runner do. Start with [NewClient] and [Mount].
+package api
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	"connectrpc.com/connect/v2/connectproto"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/sock"
+)
+
+// Protocol is the version of the control protocol between agents and hub.
+const Protocol = 1
+
+// MaxMessage is the largest message in bytes that either end accepts: chunks of bundles and logs are
+// 1 MiB at most, and a job's settings 1 MiB.
+const MaxMessage = 4 << 20
+
+// MaxChunk is the most bytes of a bundle or a log in one message.
+const MaxChunk = 1 << 20
+
+// Client calls the services of one hub, or of one runner.
+type Client struct {
+	Jobs    pergolav1connect.JobServiceClient
+	Bundles pergolav1connect.BundleServiceClient
+	Sites   pergolav1connect.SiteServiceClient
+	Runner  pergolav1connect.RunnerServiceClient
+	http    *http.Client
+}
+
+// NewClient calls the hub at addr, host:port. Calls have no time limit but their context's.
+func NewClient(addr string, conf *tls.Config) *Client {
+	conf = conf.Clone()
+	conf.NextProtos = []string{"h2", "http/1.1"}
+	t := &http.Transport{
+		TLSClientConfig: conf, ForceAttemptHTTP2: true, Proxy: http.ProxyFromEnvironment,
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
+	}
+	return newClient(t, "https://"+addr)
+}
+
+// NewRunnerClient calls the runner that serves the socket at path.
+func NewRunnerClient(path string) *Client {
+	t := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return sock.Dial(ctx, path) }}
+	return newClient(t, "http://runner")
+}
+
+func newClient(t *http.Transport, base string) *Client {
+	h := &http.Client{Transport: t}
+	c := connect.NewClient(connecthttp.NewTransport(h, base, connecthttp.WithReadMaxBytes(MaxMessage)), clientProblems)
+	return &Client{
+		Jobs: pergolav1connect.NewJobServiceClient(c), Bundles: pergolav1connect.NewBundleServiceClient(c),
+		Sites: pergolav1connect.NewSiteServiceClient(c), Runner: pergolav1connect.NewRunnerServiceClient(c), http: h,
+	}
+}
+
+// Close drops idle connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// Mount puts the services registered on a server onto mux. The server must have been made by NewServer.
+func Mount(mux *http.ServeMux, s *connect.Server) {
+	connecthttp.Mount(mux, s, connecthttp.WithReadMaxBytes(MaxMessage))
+}
+
+// NewServer makes a server whose handlers may return problems; more interceptors run inside.
+func NewServer(more ...connect.ServerInterceptor) *connect.Server {
+	return connect.NewServer(append([]connect.ServerInterceptor{serverProblems}, more...)...)
+}
+
+func serverProblems(next connect.ServerFunc) connect.ServerFunc {
+	return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
+		return toWire(next(ctx, spec, stream))
+	}
+}
+
+// clientProblems turns what a call or its stream gives back into problems.
+func clientProblems(next connect.ClientFunc) connect.ClientFunc {
+	return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
+		s, err := next(ctx, spec)
+		if err != nil {
+			return nil, fromWire(err)
+		}
+		return problemStream{s}, nil
+	}
+}
+
+type problemStream struct{ connect.ClientStream }
+
+func (s problemStream) Send(msg any) error    { return fromWire(s.ClientStream.Send(msg)) }
+func (s problemStream) Receive(msg any) error { return fromWire(s.ClientStream.Receive(msg)) }
+
+var wireCodes = map[int]connect.Code{
+	400: connect.CodeInvalidArgument, 403: connect.CodePermissionDenied, 404: connect.CodeNotFound,
+	409: connect.CodeAlreadyExists, 500: connect.CodeInternal, 503: connect.CodeUnavailable, 507: connect.CodeResourceExhausted,
+}
+
+func toWire(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := errors.AsType[*connect.Error](err); ok || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	p := problem.From(err)
+	out := connect.NewError(wireCodes[problem.Codes[p.Code].HTTP], p.Msg).WithCause(err)
+	if d, e := connectproto.NewErrorDetail(Problem(p)); e == nil {
+		out = out.WithDetail(d)
+	}
+	return out
+}
+
+func fromWire(err error) error {
+	if err == nil {
+		return nil
+	}
+	ce, ok := errors.AsType[*connect.Error](err)
+	if !ok {
+		return err
+	}
+	for _, d := range ce.Details() {
+		if m, e := connectproto.UnmarshalErrorDetail(d); e == nil {
+			if p, ok := m.(*pb.Problem); ok {
+				return FromProblem(p)
+			}
+		}
+	}
+	if ce.Code() == connect.CodeUnavailable {
+		return &problem.Error{Code: problem.HubUnreachable, Msg: "the hub does not answer", Err: err, Next: "check that it runs, and that its address is right"}
+	}
+	return err
+}
+
+// Problem gives p's form on the wire; the error below it stays here.
+func Problem(p *problem.Error) *pb.Problem {
+	if p == nil {
+		return nil
+	}
+	msg := p.Msg
+	if p.Err != nil {
+		// The text of the error below says what a person needs ("permission denied"); its type does not travel.
+		msg = fmt.Sprintf("%s: %v", p.Msg, p.Err)
+	}
+	return &pb.Problem{Code: string(p.Code), Party: p.Party, Message: msg, Next: p.Next, Log: p.Log}
+}
+
+// FromProblem gives the problem that p stands for.
+func FromProblem(p *pb.Problem) *problem.Error {
+	if p == nil {
+		return nil
+	}
+	return &problem.Error{Code: problem.Code(p.Code), Party: p.Party, Msg: p.Message, Next: p.Next, Log: p.Log}
+}
+
+// Event gives e's form on the wire.
+func Event(e job.Event) (*pb.Event, error) {
+	out := &pb.Event{Seq: e.Seq, JobId: string(e.Job), Time: timestamppb.New(e.At), Party: e.Party, Kind: e.Kind}
+	if len(e.Body) > 0 {
+		out.Body = &structpb.Struct{}
+		if err := protojson.Unmarshal(e.Body, out.Body); err != nil {
+			return nil, fmt.Errorf("body of event %s: %w", e.Kind, err)
+		}
+	}
+	return out, nil
+}
+
+// FromEvent gives the event that e stands for.
+func FromEvent(e *pb.Event) (job.Event, error) {
+	out := job.Event{Seq: e.GetSeq(), Job: job.ID(e.GetJobId()), At: e.GetTime().AsTime(), Party: e.GetParty(), Kind: e.GetKind()}
+	if e.GetBody() != nil {
+		b, err := json.Marshal(e.GetBody().AsMap())
+		if err != nil {
+			return job.Event{}, fmt.Errorf("body of event %s: %w", e.GetKind(), err)
+		}
+		out.Body = b
+	}
+	return out, nil
+}
+
+// Job gives j's form on the wire.
+func Job(j job.Job, parties []job.Party) *pb.Job {
+	out := &pb.Job{
+		Id: string(j.ID), Name: j.Name, State: string(j.State), Reason: j.Reason, Cause: Problem(j.Cause),
+		BundleDigest: j.Bundle, Submitter: j.Submitter, CreateTime: stamp(j.Created), StartTime: stamp(j.Started), EndTime: stamp(j.Ended),
+	}
+	for _, p := range parties {
+		out.Parties = append(out.Parties, &pb.Party{Name: p.Name, State: string(p.State), Reason: p.Reason, Cause: Problem(p.Cause), UpdateTime: stamp(p.Updated)})
+	}
+	return out
+}
+
+func stamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
