@@ -94,23 +94,30 @@ func (f *follower) run(ctx context.Context, done <-chan struct{}) (err error) {
 	if err != nil {
 		return err
 	}
+	closed := make(chan struct{})
+	close(closed)
 	for {
 		if dirty, err = f.read(ctx, dirty); err != nil {
 			return err
 		}
+		// With more to read the select does not wait, but still learns of the end and of other files.
+		var again <-chan struct{}
 		if len(dirty) > 0 {
-			continue // events that come meanwhile wait in the watcher's queue
+			again = closed
 		}
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-done:
 			return f.finish(ctx)
+		case <-again:
 		case e := <-events:
-			if name := filepath.Base(e.Name); f.follows(name) {
-				dirty = []string{name}
+			if name := filepath.Base(e.Name); f.follows(name) && !slices.Contains(dirty, name) {
+				dirty = append(dirty, name)
 			}
-			f.watched = f.watched && !(e.Has(fsnotify.Remove|fsnotify.Rename) && filepath.Clean(e.Name) == filepath.Clean(f.dir))
+			if e.Has(fsnotify.Remove|fsnotify.Rename) && filepath.Clean(e.Name) == filepath.Clean(f.dir) {
+				f.watched = false
+			}
 		case <-lost: // the kernel's queue ran over, or the watch broke: look at everything
 			dirty, err = f.all()
 		case <-poll.C:
