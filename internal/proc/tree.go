@@ -1,0 +1,315 @@
+package proc
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/pergolafl/pergola/internal/problem"
+)
+
+// stat is what /proc/<pid>/stat says of a process (proc(5) has the fields' numbers).
+type stat struct {
+	pid, ppid, pgrp int
+	state           byte   // R, S, D, T, t, Z, X …
+	start           uint64 // clock ticks since boot
+}
+
+func (s stat) dead() bool { return s.state == 'Z' || s.state == 'X' }
+
+func readStat(pid int) (stat, error) {
+	b, err := os.ReadFile(procPath(pid, "stat"))
+	if err != nil {
+		return stat{}, err
+	}
+	return parseStat(b)
+}
+
+// parseStat reads "pid (name) state ppid pgrp …". The name is the program's choice and may itself
+// have parentheses, spaces and newlines, so the fields are counted from the last parenthesis.
+func parseStat(b []byte) (stat, error) {
+	open, end := bytes.IndexByte(b, '('), bytes.LastIndexByte(b, ')')
+	if open < 1 || end < open {
+		return stat{}, fmt.Errorf("no name in parentheses in %q", b)
+	}
+	f := strings.Fields(string(b[end+1:])) // f[0] is field 3
+	if len(f) < 20 || len(f[0]) != 1 {
+		return stat{}, fmt.Errorf("too few fields in %q", b)
+	}
+	s := stat{state: f[0][0]}
+	var errs [4]error
+	s.pid, errs[0] = strconv.Atoi(strings.TrimSpace(string(b[:open])))
+	s.ppid, errs[1] = strconv.Atoi(f[1])
+	s.pgrp, errs[2] = strconv.Atoi(f[2])
+	s.start, errs[3] = strconv.ParseUint(f[19], 10, 64)
+	return s, errors.Join(errs[:]...)
+}
+
+func procPath(pid int, name string) string {
+	return "/proc/" + strconv.Itoa(pid) + "/" + name
+}
+
+// StartTime gives when the process began, in clock ticks since boot. Together with the pid it
+// names a process for as long as the machine is up: a reused pid has another start time.
+func StartTime(pid int) (uint64, error) {
+	s, err := readStat(pid)
+	if err != nil {
+		return 0, fmt.Errorf("start time of process %d: %w", pid, err)
+	}
+	return s.start, nil
+}
+
+// Alive tells whether the process that had this pid and start time still runs; a zombie does not.
+func Alive(pid int, start uint64) bool {
+	s, err := readStat(pid)
+	return err == nil && s.start == start && !s.dead()
+}
+
+// processes lists all processes that can be seen. One that ends meanwhile is left out.
+func processes() ([]stat, error) {
+	dir, err := os.Open("/proc")
+	if err != nil {
+		return nil, err
+	}
+	names, err := dir.Readdirnames(-1)
+	if err = errors.Join(err, dir.Close()); err != nil {
+		return nil, err
+	}
+	var all []stat
+	for _, n := range names {
+		pid, err := strconv.Atoi(n)
+		if err != nil {
+			continue // not a process
+		}
+		if s, err := readStat(pid); err == nil {
+			all = append(all, s)
+		}
+	}
+	return all, nil
+}
+
+// below adds to set every process of all that descends from one in set.
+func below(all []stat, set map[int]stat) {
+	for grew := true; grew; {
+		grew = false
+		for _, s := range all {
+			if _, in := set[s.pid]; in {
+				continue
+			}
+			// A parent that began after its child is a reused pid.
+			if p, in := set[s.ppid]; in && p.start <= s.start {
+				set[s.pid], grew = s, true
+			}
+		}
+	}
+}
+
+// descendants gives the living descendants of pid, without itself.
+func descendants(pid int) ([]stat, error) {
+	all, err := processes()
+	if err != nil {
+		return nil, err
+	}
+	set := map[int]stat{}
+	for _, s := range all {
+		if s.pid == pid {
+			set[pid] = s
+		}
+	}
+	below(all, set)
+	delete(set, pid)
+	var out []stat
+	for _, s := range set {
+		if !s.dead() {
+			out = append(out, s)
+		}
+	}
+	return out, nil
+}
+
+// Descendants gives the pids of the living children of pid, their children and so on, in no
+// particular order. One whose parent ended before has been adopted by another process, and is not found.
+func Descendants(pid int) []int {
+	found, err := descendants(pid)
+	if err != nil {
+		return nil // without /proc nothing is known
+	}
+	pids := make([]int, len(found))
+	for i, s := range found {
+		pids[i] = s.pid
+	}
+	return pids
+}
+
+// KillTree kills pid and its descendants, waits until they are gone, and gives their number. The
+// calling process itself is never killed, but its descendants are with KillTree(os.Getpid()).
+func KillTree(pid int) (n int, err error) {
+	return killAll(fmt.Sprintf("process %d and its descendants", pid), func() ([]stat, error) {
+		found, err := descendants(pid)
+		if s, serr := readStat(pid); serr == nil && !s.dead() {
+			found = append(found, s)
+		}
+		return found, err
+	})
+}
+
+// KillMarked kills every process of this user that has MarkVar=mark in the environment that it was
+// started with, however it came to be, waits until they are gone, and gives their number. The calling process is spared.
+// A process that hides its environment from its own user (prctl PR_SET_DUMPABLE) is not found.
+func KillMarked(mark string) (n int, err error) {
+	if mark == "" {
+		return 0, problem.New(problem.Internal, "please report this", "KillMarked needs a mark")
+	}
+	want := MarkVar + "=" + mark
+	return killAll("the processes marked "+mark, func() ([]stat, error) {
+		all, err := processes()
+		var found []stat
+		for _, s := range all {
+			if !s.dead() && ownUser(s.pid) && environHas(s.pid, func(kv string) bool { return kv == want }) {
+				found = append(found, s)
+			}
+		}
+		return found, err
+	})
+}
+
+// ownUser tells whether the process runs as our user: root can read every environment, but what
+// another user's process calls itself is no reason to kill it.
+func ownUser(pid int) bool {
+	var st unix.Stat_t
+	return unix.Stat(procPath(pid, ""), &st) == nil && int(st.Uid) == os.Geteuid()
+}
+
+// maxEnviron is more than the kernel lets a program start with by default (a quarter of an 8 MiB stack).
+const maxEnviron = 4 << 20
+
+// environHas tells whether an entry of the process's first environment matches. A process that is
+// gone, or that we may not look into, has none.
+func environHas(pid int, match func(kv string) bool) bool {
+	f, err := os.Open(procPath(pid, "environ"))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxEnviron))
+	if err != nil {
+		return false
+	}
+	for kv := range bytes.SplitSeq(b, []byte{0}) {
+		if match(string(kv)) {
+			return true
+		}
+	}
+	return false
+}
+
+// killAll kills what find finds until it finds nothing more: while one is killed another may fork.
+func killAll(what string, find func() ([]stat, error)) (n int, err error) {
+	deadline := time.Now().Add(killPatience)
+	killed := map[stat]bool{}
+	for {
+		found, err := find()
+		if err != nil {
+			return len(killed), problem.Wrap(err, problem.Internal, "see that /proc is mounted and readable", "cannot look for %s", what)
+		}
+		self := os.Getpid()
+		var left []victim
+		for _, s := range found {
+			if s.pid == self || s.pid == 1 {
+				continue
+			}
+			if v, ok := kill(s); ok {
+				left = append(left, v)
+				s.state, s.ppid, s.pgrp = 0, 0, 0
+				killed[s] = true
+			}
+		}
+		if len(left) == 0 {
+			return len(killed), nil
+		}
+		gone := awaitGone(left, deadline)
+		ReapAdopted()
+		if !gone && !time.Now().Before(deadline) {
+			var pids []string
+			for _, v := range left {
+				pids = append(pids, strconv.Itoa(v.pid))
+			}
+			return len(killed), problem.New(problem.Internal,
+				"look at them with: ps -o pid,stat,wchan,args -p "+strings.Join(pids, ","),
+				"%s were killed but not all have ended after %s (still there: some of %s)", what, killPatience, strings.Join(pids, ", "))
+		}
+	}
+}
+
+// victim is a process that was sent SIGKILL.
+type victim struct {
+	stat
+	fd int // pidfd, or -1 where the kernel has none (before 5.3)
+}
+
+// kill sends SIGKILL to exactly the process of s; false if it is gone or not ours to kill. With a
+// pidfd there is no moment in which the pid could be reused between looking and killing.
+func kill(s stat) (victim, bool) {
+	fd, err := unix.PidfdOpen(s.pid, 0)
+	switch {
+	case err == nil:
+	case errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EPERM), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
+		fd = -1
+	default:
+		return victim{}, false
+	}
+	v := victim{stat: s, fd: fd}
+	if !Alive(s.pid, s.start) {
+		v.close()
+		return victim{}, false
+	}
+	if fd >= 0 {
+		err = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
+	} else {
+		err = unix.Kill(s.pid, unix.SIGKILL)
+	}
+	if err != nil {
+		v.close()
+		return victim{}, false
+	}
+	return v, true
+}
+
+func (v victim) close() {
+	if v.fd >= 0 {
+		_ = unix.Close(v.fd) // nothing was written to it
+	}
+}
+
+// awaitGone waits until all are gone or zombies, and closes their pidfds; false if the deadline came first.
+func awaitGone(left []victim, deadline time.Time) bool {
+	gone := true
+	for _, v := range left {
+		for Alive(v.pid, v.start) {
+			rest := time.Until(deadline)
+			if rest <= 0 {
+				gone = false
+				break
+			}
+			if v.fd < 0 {
+				time.Sleep(min(rest, 5*time.Millisecond)) // no pidfd: there is nothing to wait on but time
+				continue
+			}
+			fds := []unix.PollFd{{Fd: int32(v.fd), Events: unix.POLLIN}}
+			if _, err := unix.Poll(fds, int(rest.Milliseconds())+1); err != nil && !errors.Is(err, syscall.EINTR) {
+				gone = false
+				break
+			}
+		}
+		v.close()
+	}
+	return gone
+}
