@@ -1,0 +1,396 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/store"
+)
+
+const jobColumns = "id, name, key, submitter, bundle, state, reason, cause, spec, created, started, ended"
+
+// CreateJob stores a new job in state submitted, with the hub and the sites as absent parties and its
+// first event. A zero ID or Created is filled in. If the same submitter has used the same non-empty
+// key before, that job is given back, as it is now, and nothing is stored.
+func (db *DB) CreateJob(ctx context.Context, j job.Job, sites []string) (job.Job, error) {
+	if j.Created.IsZero() {
+		if j.Created = j.ID.Created(); j.Created.IsZero() {
+			j.Created = time.Now()
+		}
+	}
+	if j.ID == "" {
+		j.ID = job.NewID(j.Created)
+	}
+	if _, err := job.ParseID(string(j.ID)); err != nil {
+		return job.Job{}, err
+	}
+	for _, s := range sites {
+		if err := job.CheckName("site", s); err != nil {
+			return job.Job{}, err
+		}
+	}
+	spec, err := json.Marshal(j.Spec)
+	if err != nil {
+		return job.Job{}, fmt.Errorf("store job %s: %w", j.ID, err)
+	}
+	j.State, j.Cause, j.Started, j.Ended = job.Submitted, nil, time.Time{}, time.Time{}
+	j.Created = stamp(nanos(j.Created))
+	made := false
+	err = db.write(ctx, "store the job", func(tx *sql.Tx) error {
+		if j.Key != "" {
+			old, err := scanJob(tx.QueryRowContext(ctx, "SELECT "+jobColumns+" FROM job WHERE submitter = ? AND key = ?", j.Submitter, j.Key))
+			if err == nil {
+				j = old
+				return nil
+			}
+			if !errors.Is(err, sql.ErrNoRows) {
+				return err
+			}
+		}
+		var taken bool
+		if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM job WHERE id = ?)", j.ID).Scan(&taken); err != nil {
+			return err
+		}
+		if taken {
+			return problem.New(problem.Exists, "submit it with a new ID", "job %s exists already", j.ID)
+		}
+		if _, err := tx.ExecContext(ctx, "INSERT INTO job ("+jobColumns+") VALUES (?, ?, ?, ?, ?, ?, ?, '', ?, ?, 0, 0)",
+			j.ID, j.Name, j.Key, j.Submitter, j.Bundle, j.State, j.Reason, string(spec), nanos(j.Created)); err != nil {
+			return err
+		}
+		for i, name := range append([]string{job.HubParty}, sites...) {
+			if err := insertParty(ctx, tx, j.ID, i, name, j.Created); err != nil {
+				return err
+			}
+		}
+		made = true
+		return insertEvent(ctx, tx, j.ID, "", job.KindJobState, job.JobState{To: j.State, Reason: j.Reason}, j.Created)
+	})
+	if err != nil {
+		return job.Job{}, err
+	}
+	if made {
+		db.Wake(j.ID)
+	}
+	return j, nil
+}
+
+// Job gives one job; a problem with code not-found if there is none.
+func (db *DB) Job(ctx context.Context, id job.ID) (job.Job, error) {
+	j, err := scanJob(db.r.QueryRowContext(ctx, "SELECT "+jobColumns+" FROM job WHERE id = ?", id))
+	if errors.Is(err, sql.ErrNoRows) {
+		return job.Job{}, noJob(id)
+	}
+	return j, db.trouble(ctx, err, "read a job")
+}
+
+// Jobs gives a page of jobs.
+func (db *DB) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
+	q, args := "SELECT "+jobColumns+" FROM job WHERE 1", []any{}
+	if len(f.States) > 0 {
+		q += " AND state IN (?" + strings.Repeat(", ?", len(f.States)-1) + ")"
+		for _, s := range f.States {
+			args = append(args, s)
+		}
+	}
+	order, beyond := " ORDER BY id", " AND id > ?"
+	if f.Newest {
+		order, beyond = " ORDER BY id DESC", " AND id < ?"
+	}
+	if f.After != "" {
+		q += beyond
+		args = append(args, f.After)
+	}
+	rows, err := db.r.QueryContext(ctx, q+order+" LIMIT ?", append(args, limit(f.Limit))...)
+	return collect(ctx, db, rows, err, "list jobs", scanJob)
+}
+
+// Parties gives the parties of a job: the hub, then the sites in the order of their partitions.
+func (db *DB) Parties(ctx context.Context, id job.ID) ([]job.Party, error) {
+	rows, err := db.r.QueryContext(ctx, "SELECT job, name, state, reason, cause, updated FROM party WHERE job = ? ORDER BY pos", id)
+	ps, err := collect(ctx, db, rows, err, "list the parties", scanParty)
+	if err == nil && len(ps) == 0 { // each job has the hub at least
+		return nil, noJob(id)
+	}
+	return ps, err
+}
+
+// AddParty adds a site, absent, behind those that the job has. One that it has already stays as it is.
+func (db *DB) AddParty(ctx context.Context, id job.ID, site string) error {
+	if err := job.CheckName("site", site); err != nil {
+		return err
+	}
+	return db.change(ctx, "add a party", id, func(tx *sql.Tx, j job.Job) (bool, error) {
+		var n, pos int
+		if err := tx.QueryRowContext(ctx, "SELECT count(*) FILTER (WHERE name = ?), coalesce(max(pos), -1) + 1 FROM party WHERE job = ?", site, id).Scan(&n, &pos); err != nil || n > 0 {
+			return false, err
+		}
+		if j.State.Terminal() {
+			return false, problem.New(problem.Usage, "submit it again", "job %s is over and takes no further site", id)
+		}
+		return true, insertParty(ctx, tx, id, pos, site, time.Now())
+	})
+}
+
+// Move takes a job to another state and writes the event of it, in one transaction. Cause and reason
+// are those of the new state; a cause that the job has is never replaced. A job that ends otherwise
+// than well without any cause gets one that says so: none ends without. A job with a cause cannot
+// succeed. Moving to the state in which it is does nothing and returns nil; a move that is not in
+// the table is a *store.MoveError within a problem.
+func (db *DB) Move(ctx context.Context, id job.ID, to job.State, cause *job.Cause, reason string, now time.Time) error {
+	return db.change(ctx, "store a job's move", id, func(tx *sql.Tx, j job.Job) (bool, error) {
+		if j.State == to {
+			return false, nil
+		}
+		if j.Cause != nil {
+			cause = j.Cause
+		}
+		if !j.State.Can(to) || to == job.Succeeded && cause != nil {
+			return false, (&store.MoveError{Job: id, From: string(j.State), To: string(to)}).Problem()
+		}
+		if cause == nil && to.Terminal() && to != job.Succeeded {
+			cause = untold(to)
+		}
+		raw, err := causeText(cause)
+		if err != nil {
+			return false, err
+		}
+		started, ended := nanos(j.Started), int64(0)
+		if to == job.Preparing {
+			started = nanos(now)
+		}
+		if to.Terminal() {
+			ended = nanos(now)
+		}
+		if _, err := tx.ExecContext(ctx, "UPDATE job SET state = ?, reason = ?, cause = ?, started = ?, ended = ? WHERE id = ?",
+			to, reason, raw, started, ended, id); err != nil {
+			return false, err
+		}
+		return true, insertEvent(ctx, tx, id, "", job.KindJobState, job.JobState{From: j.State, To: to, Cause: cause, Reason: reason}, now)
+	})
+}
+
+func untold(to job.State) *job.Cause {
+	switch to {
+	case job.Aborted:
+		return problem.New(problem.AbortedByUser, "", "the job was aborted; nothing was recorded about by whom")
+	case job.Rejected:
+		return problem.New(problem.PolicyDenied, "ask the hub's operator", "the job was rejected; nothing was recorded about why")
+	}
+	return problem.New(problem.Internal, "please report this with the job's events", "the job failed, and nothing was recorded about why")
+}
+
+// SetReason replaces the reason of the state in which the job is, so that one that waits says for
+// what, now. It is no move and no event; subscribers are woken. A job that is over keeps its reason.
+func (db *DB) SetReason(ctx context.Context, id job.ID, reason string) error {
+	return db.change(ctx, "store a job's reason", id, func(tx *sql.Tx, j job.Job) (bool, error) {
+		if j.Reason == reason || j.State.Terminal() {
+			return false, nil
+		}
+		_, err := tx.ExecContext(ctx, "UPDATE job SET reason = ? WHERE id = ?", reason, id)
+		return true, err
+	})
+}
+
+// MoveParty takes a party to another state, under the same rules as Move. A party that failed
+// without a cause gets one that says so.
+func (db *DB) MoveParty(ctx context.Context, id job.ID, party string, to job.PartyState, cause *job.Cause, reason string, now time.Time) error {
+	return db.change(ctx, "store a party's move", id, func(tx *sql.Tx, _ job.Job) (bool, error) {
+		p, err := scanParty(tx.QueryRowContext(ctx, "SELECT job, name, state, reason, cause, updated FROM party WHERE job = ? AND name = ?", id, party))
+		if errors.Is(err, sql.ErrNoRows) {
+			return false, problem.New(problem.NotFound, "see its parties with: pergola show "+string(id), "job %s has no party %q", id, party)
+		}
+		if err != nil || p.State == to {
+			return false, err
+		}
+		if !p.State.Can(to) {
+			return false, (&store.MoveError{Job: id, Party: party, From: string(p.State), To: string(to)}).Problem()
+		}
+		if p.Cause != nil {
+			cause = p.Cause
+		}
+		if cause == nil && to == job.PartyFailed {
+			cause = problem.New(problem.Internal, "please report this with the job's events", "the party failed, and nothing was recorded about why")
+			cause.Party = party
+		}
+		raw, err := causeText(cause)
+		if err != nil {
+			return false, err
+		}
+		if _, err := tx.ExecContext(ctx, "UPDATE party SET state = ?, reason = ?, cause = ?, updated = ? WHERE job = ? AND name = ?",
+			to, reason, raw, nanos(now), id, party); err != nil {
+			return false, err
+		}
+		return true, insertEvent(ctx, tx, id, party, job.KindPartyState, job.PartyStateChange{From: p.State, To: to, Cause: cause, Reason: reason}, now)
+	})
+}
+
+// PutBundle notes that the hub has a bundle; one that is known stays as it is.
+func (db *DB) PutBundle(ctx context.Context, digest string, size int64, now time.Time) error {
+	return db.write(ctx, "note a bundle", func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, "INSERT INTO bundle (digest, size, created) VALUES (?, ?, ?) ON CONFLICT DO NOTHING", digest, size, nanos(now))
+		return err
+	})
+}
+
+// Bundle gives the bookkeeping of one bundle; a problem with code not-found if there is none.
+func (db *DB) Bundle(ctx context.Context, digest string) (store.Bundle, error) {
+	b, err := scanBundle(db.r.QueryRowContext(ctx, "SELECT digest, size, created FROM bundle WHERE digest = ?", digest))
+	if errors.Is(err, sql.ErrNoRows) {
+		return store.Bundle{}, problem.New(problem.NotFound, "submit it again", "the hub has no bundle %s", digest)
+	}
+	return b, db.trouble(ctx, err, "read a bundle")
+}
+
+// Bundles gives all bundles, oldest first.
+func (db *DB) Bundles(ctx context.Context) ([]store.Bundle, error) {
+	rows, err := db.r.QueryContext(ctx, "SELECT digest, size, created FROM bundle ORDER BY created, digest")
+	return collect(ctx, db, rows, err, "list bundles", scanBundle)
+}
+
+// write runs fn in one transaction of the only writer.
+func (db *DB) write(ctx context.Context, doing string, fn func(*sql.Tx) error) error {
+	tx, err := db.w.BeginTx(ctx, nil)
+	if err != nil {
+		return db.trouble(ctx, err, doing)
+	}
+	if err := fn(tx); err != nil {
+		// A failed write may have ended the transaction by itself, and fn's error is the one that counts.
+		if rerr := tx.Rollback(); rerr != nil && !errors.Is(rerr, sql.ErrTxDone) {
+			err = errors.Join(err, rerr)
+		}
+		return db.trouble(ctx, err, doing)
+	}
+	return db.trouble(ctx, tx.Commit(), doing)
+}
+
+// change runs fn with the job as it is, in one transaction, and wakes subscribers if fn says that it
+// changed something.
+func (db *DB) change(ctx context.Context, doing string, id job.ID, fn func(*sql.Tx, job.Job) (bool, error)) error {
+	changed := false
+	err := db.write(ctx, doing, func(tx *sql.Tx) error {
+		j, err := scanJob(tx.QueryRowContext(ctx, "SELECT "+jobColumns+" FROM job WHERE id = ?", id))
+		if errors.Is(err, sql.ErrNoRows) {
+			return noJob(id)
+		}
+		if err != nil {
+			return err
+		}
+		changed, err = fn(tx, j)
+		return err
+	})
+	if changed { // also if the commit failed: its answer may be lost and the change stored all the same
+		db.Wake(id)
+	}
+	return err
+}
+
+func insertParty(ctx context.Context, tx *sql.Tx, id job.ID, pos int, name string, now time.Time) error {
+	_, err := tx.ExecContext(ctx, "INSERT INTO party (job, pos, name, state, reason, cause, updated) VALUES (?, ?, ?, ?, '', '', ?)",
+		id, pos, name, job.PartyAbsent, nanos(now))
+	return err
+}
+
+func noJob(id job.ID) error {
+	return problem.New(problem.NotFound, "see the jobs with: pergola jobs", "there is no job %s", id)
+}
+
+type row interface{ Scan(...any) error }
+
+func scanJob(r row) (job.Job, error) {
+	var j job.Job
+	var cause, spec string
+	var created, started, ended int64
+	if err := r.Scan(&j.ID, &j.Name, &j.Key, &j.Submitter, &j.Bundle, &j.State, &j.Reason, &cause, &spec, &created, &started, &ended); err != nil {
+		return job.Job{}, err
+	}
+	j.Created, j.Started, j.Ended = stamp(created), stamp(started), stamp(ended)
+	if err := json.Unmarshal([]byte(spec), &j.Spec); err != nil {
+		return job.Job{}, fmt.Errorf("spec of job %s: %w", j.ID, err)
+	}
+	var err error
+	j.Cause, err = parseCause(cause)
+	return j, err
+}
+
+func scanParty(r row) (job.Party, error) {
+	var p job.Party
+	var cause string
+	var updated int64
+	if err := r.Scan(&p.Job, &p.Name, &p.State, &p.Reason, &cause, &updated); err != nil {
+		return job.Party{}, err
+	}
+	p.Updated = stamp(updated)
+	var err error
+	p.Cause, err = parseCause(cause)
+	return p, err
+}
+
+func scanBundle(r row) (b store.Bundle, err error) {
+	var created int64
+	err = r.Scan(&b.Digest, &b.Size, &created)
+	b.Created = stamp(created)
+	return b, err
+}
+
+func collect[T any](ctx context.Context, db *DB, rows *sql.Rows, err error, doing string, scan func(row) (T, error)) ([]T, error) {
+	if err != nil {
+		return nil, db.trouble(ctx, err, doing)
+	}
+	var out []T
+	for rows.Next() {
+		v, err := scan(rows)
+		if err != nil {
+			return nil, db.trouble(ctx, errors.Join(err, rows.Close()), doing)
+		}
+		out = append(out, v)
+	}
+	return out, db.trouble(ctx, errors.Join(rows.Err(), rows.Close()), doing)
+}
+
+func causeText(c *job.Cause) (string, error) {
+	if c == nil {
+		return "", nil
+	}
+	b, err := json.Marshal(c)
+	return string(b), err
+}
+
+func parseCause(s string) (*job.Cause, error) {
+	if s == "" {
+		return nil, nil
+	}
+	var c job.Cause
+	if err := json.Unmarshal([]byte(s), &c); err != nil {
+		return nil, fmt.Errorf("cause %q: %w", s, err)
+	}
+	return &c, nil
+}
+
+func nanos(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixNano()
+}
+
+func stamp(ns int64) time.Time {
+	if ns == 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, ns).UTC()
+}
+
+func limit(n int) int {
+	if n <= 0 {
+		return store.DefaultLimit
+	}
+	return n
+}

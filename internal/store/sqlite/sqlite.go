@@ -1,0 +1,169 @@
+// Package sqlite keeps jobs, parties and events in one SQLite file, for a hub on one machine. A call
+// that returned nil survives a power cut. One process writes; others may read the file.
+//
+// It does not run jobs, and it is no place for logs or bundles, which are files. Start with [Open].
+package sqlite
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/pressly/goose/v3"
+	"golang.org/x/sys/unix"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/store"
+)
+
+//go:embed migrations/*.sql
+var migrations embed.FS
+
+// DB is an open store. Its methods may be called from many goroutines.
+type DB struct {
+	store.Fanout
+	path string
+	w    *sql.DB // one connection: SQLite has one writer, and a queue in front of it beats SQLITE_BUSY
+	r    *sql.DB
+}
+
+// Pragmas stand in the DSN because Exec would set them on one pooled connection only. WAL lets
+// readers go on beside the writer; FULL syncs at each commit, as "written before it is acted upon"
+// demands.
+const (
+	writerDSN = "_pragma=busy_timeout(5000)&_pragma=journal_mode(wal)&_pragma=synchronous(full)&_pragma=foreign_keys(1)&_txlock=immediate"
+	readerDSN = "_pragma=busy_timeout(5000)&_pragma=query_only(1)"
+)
+
+// readers is the number of connections that read at the same time.
+const readers = 4
+
+// Open opens the file at path, makes it (mode 0600, since specs hold environment variables) if it is
+// not there, and brings its tables up to date. The folder must exist. A file of a newer Pergola
+// is refused with code version.
+func Open(ctx context.Context, path string) (*DB, error) {
+	abs, err := filepath.Abs(path)
+	if err != nil {
+		return nil, problem.Wrap(err, problem.Usage, "give an absolute path", "the store's path %s cannot be used", path)
+	}
+	db := &DB{path: abs}
+	f, err := os.OpenFile(abs, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, db.trouble(ctx, err, "open the store")
+	}
+	if err := f.Close(); err != nil {
+		return nil, db.trouble(ctx, err, "open the store")
+	}
+	// A path is not a URI: "?" and "%" in it are escaped.
+	uri := "file:" + (&url.URL{Path: abs}).EscapedPath() + "?"
+	if db.w, err = sql.Open("sqlite", uri+writerDSN); err != nil {
+		return nil, db.trouble(ctx, err, "open the store")
+	}
+	db.w.SetMaxOpenConns(1)
+	if err := db.migrate(ctx); err != nil {
+		return nil, errors.Join(err, db.w.Close())
+	}
+	if db.r, err = sql.Open("sqlite", uri+readerDSN); err != nil {
+		return nil, errors.Join(db.trouble(ctx, err, "open the store"), db.w.Close())
+	}
+	db.r.SetMaxOpenConns(readers)
+	db.r.SetMaxIdleConns(readers)
+	if err := db.r.PingContext(ctx); err != nil {
+		return nil, errors.Join(db.trouble(ctx, err, "open the store"), db.Close())
+	}
+	return db, nil
+}
+
+func (db *DB) migrate(ctx context.Context) error {
+	files, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		return db.trouble(ctx, err, "read the migrations")
+	}
+	p, err := goose.NewProvider(goose.DialectSQLite3, db.w, files)
+	if err != nil {
+		return db.trouble(ctx, err, "prepare the migrations")
+	}
+	// Closing the provider would close the pool with it; Close does that.
+	have, newest, err := p.GetVersions(ctx)
+	if err != nil {
+		return db.trouble(ctx, err, "read the version of the store")
+	}
+	if have > newest {
+		return problem.New(problem.Version, "install the Pergola that wrote it, or a newer one",
+			"the store %s has version %d, and this Pergola knows %d at most", db.path, have, newest)
+	}
+	if _, err := p.Up(ctx); err != nil {
+		return db.trouble(ctx, err, "bring the tables up to date")
+	}
+	return nil
+}
+
+// Close waits for running calls and closes the file. Subscribers are not woken.
+func (db *DB) Close() error {
+	// The writer last: the last connection folds the log back into the file and removes it, which a
+	// reader may not do.
+	var err error
+	if db.r != nil {
+		err = db.r.Close()
+	}
+	return errors.Join(err, db.w.Close())
+}
+
+// trouble makes a problem of what SQLite or the system says; doing is the sentence's verb. Problems
+// pass. Where the caller's context is over, that is the reason, in whatever words it came.
+func (db *DB) trouble(ctx context.Context, err error, doing string) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := errors.AsType[*problem.Error](err); ok {
+		return err
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("%s: %w", doing, context.Cause(ctx))
+	}
+	if db.isFull(err) {
+		return problem.Wrap(err, problem.DiskFull, "make room on the disk that holds "+filepath.Dir(db.path),
+			"no space to %s in %s", doing, db.path)
+	}
+	if e, ok := errors.AsType[*sqlite.Error](err); ok && (e.Code()&0xff == sqlite3.SQLITE_NOTADB || e.Code()&0xff == sqlite3.SQLITE_CORRUPT) {
+		return problem.Wrap(err, problem.Internal, "restore a backup, or move the file away to begin anew",
+			"%s is damaged, or not a store", db.path)
+	}
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EISDIR) {
+		return problem.Wrap(err, problem.Usage, "check the folder and its owner", "cannot %s in %s", doing, db.path)
+	}
+	return problem.Wrap(err, problem.Internal, "see the hub's log", "cannot %s in %s", doing, db.path)
+}
+
+// isFull tells whether want of space is behind err. SQLite says so itself when a write fails for it,
+// but reports a failed sync or a failed growth of its index of the log as plain I/O errors, and a log
+// that cannot be made as "cannot open": there the disk is asked.
+func (db *DB) isFull(err error) bool {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return true
+	}
+	e, ok := errors.AsType[*sqlite.Error](err)
+	if !ok {
+		return false
+	}
+	switch e.Code() & 0xff {
+	case sqlite3.SQLITE_FULL:
+		return true
+	case sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN:
+		var st unix.Statfs_t
+		if unix.Statfs(filepath.Dir(db.path), &st) != nil {
+			return false
+		}
+		return st.Bavail*uint64(st.Bsize) < 1<<20 || st.Files > 0 && st.Ffree == 0
+	}
+	return false
+}
