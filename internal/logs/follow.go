@@ -44,13 +44,22 @@ func Follow(ctx context.Context, path string, done <-chan struct{}, offset int64
 
 // FollowDir follows all files *.txt and *.log of dir (not of folders below it; no links), those that
 // are there and those that appear, as Follow does. start has the offsets to begin at by name, 0 for a
-// file that it lacks; it is not changed. fn is called by one goroutine only, the caller's.
+// file that it lacks; it is not changed. fn is called by one goroutine only, the caller's. A file that cannot
+// be read any more, or became shorter (ErrTruncated), does not hold back the others: it is left alone, and its
+// error comes with the end, joined to that of the end itself.
 func FollowDir(ctx context.Context, dir string, done <-chan struct{}, start map[string]int64, fn func(name string, offset int64, data []byte) error) error {
 	f := &follower{dir: dir, notify: true, offsets: maps.Clone(start), fn: fn}
 	if f.offsets == nil {
 		f.offsets = map[string]int64{}
 	}
-	return f.run(ctx, done)
+	err := f.run(ctx, done)
+	if len(f.broken) == 0 {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(f.broken)) {
+		err = errors.Join(err, f.broken[name])
+	}
+	return err
 }
 
 type follower struct {
@@ -64,6 +73,7 @@ type follower struct {
 	buf     []byte
 	watch   *fsnotify.Watcher // nil where there is none to be had
 	watched bool              // dir is being watched
+	broken  map[string]error  // files that are left alone
 }
 
 func (f *follower) run(ctx context.Context, done <-chan struct{}) (err error) {
@@ -202,43 +212,63 @@ func (f *follower) finish(ctx context.Context) error {
 }
 
 // file gives what one file has after its offset to fn: at most chunks pieces (-1 = no limit) and not
-// beyond the offset end (-1 = the file's). It tells whether there may be more.
+// beyond the offset end (-1 = the file's). It tells whether there may be more. An error of the file itself is kept where
+// there are others to go on with.
 func (f *follower) file(ctx context.Context, name string, chunks int, end int64) (more bool, err error) {
-	path := filepath.Join(f.dir, name)
-	file, err := openRegular(path, os.O_RDONLY)
-	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, errNotRegular) && f.only == "":
+	if f.broken[name] != nil {
 		return false, nil
-	case err != nil:
-		return false, fmt.Errorf("follow log: %w", err)
 	}
-	defer func() { err = errors.Join(err, file.Close()) }()
-	info, err := file.Stat()
-	if err != nil {
-		return false, fmt.Errorf("follow log: %w", err)
+	more, own, err := f.pieces(ctx, name, chunks, end)
+	if own == nil {
+		return more, err
+	}
+	if f.only != "" {
+		return false, own
+	}
+	if f.broken == nil {
+		f.broken = map[string]error{}
+	}
+	f.broken[name] = own
+	return false, err
+}
+
+// pieces does what file says; own is an error of the file, err one of fn or the context.
+func (f *follower) pieces(ctx context.Context, name string, chunks int, end int64) (more bool, own, err error) {
+	path := filepath.Join(f.dir, name)
+	file, own := openRegular(path, os.O_RDONLY)
+	switch {
+	case errors.Is(own, fs.ErrNotExist), errors.Is(own, errNotRegular) && f.only == "":
+		return false, nil, nil
+	case own != nil:
+		return false, fmt.Errorf("follow log: %w", own), nil
+	}
+	defer file.Close() //nolint:errcheck // opened for reading only
+	info, own := file.Stat()
+	if own != nil {
+		return false, fmt.Errorf("follow log: %w", own), nil
 	}
 	if at := f.offsets[name]; info.Size() < at {
-		return false, fmt.Errorf("follow %s from %d, which has %d bytes: %w", path, at, info.Size(), ErrTruncated)
+		return false, fmt.Errorf("follow %s from %d, which has %d bytes: %w", path, at, info.Size(), ErrTruncated), nil
 	}
 	for ; chunks != 0; chunks-- {
 		if ctx.Err() != nil {
-			return false, context.Cause(ctx)
+			return false, nil, context.Cause(ctx)
 		}
 		at, buf := f.offsets[name], f.buf
 		if end >= 0 {
 			buf = buf[:min(int64(len(buf)), max(end-at, 0))]
 		}
-		data, err := readAt(file, buf, at)
-		if err != nil {
-			return false, fmt.Errorf("follow log: %w", err)
+		data, own := readAt(file, buf, at)
+		if own != nil {
+			return false, fmt.Errorf("follow log: %w", own), nil
 		}
 		if len(data) == 0 {
-			return false, nil
+			return false, nil, nil
 		}
 		if err := f.fn(name, at, data); err != nil {
-			return false, err
+			return false, nil, err
 		}
 		f.offsets[name] = at + int64(len(data))
 	}
-	return true, nil
+	return true, nil, nil
 }
