@@ -31,6 +31,7 @@ const (
 	KindMetrics        = "metrics"         // Metrics
 	KindClientFailure  = "client-failure"  // ClientFailure
 	KindWarning        = "warning"         // Text
+	KindProgress       = "progress"        // Text: a sign that the work moves, a few times a minute at most
 	KindNote           = "note"            // Text
 )
 
