@@ -31,6 +31,7 @@ const (
 var layer = map[string]int{
 	"arch":    0,
 	"problem": 0,
+	"sock":    0,
 
 	"api/pergola/v1":                  0, // generated from proto/
 	"api/pergola/v1/pergolav1connect": 1, // generated from proto/
@@ -48,6 +49,7 @@ var layer = map[string]int{
 	"nvflare": 2,
 	"pyenv":   2,
 
+	"api":             3, // the wire's forms of jobs and events
 	"audit":           3,
 	"job":             3,
 	"policy":          3,
@@ -68,6 +70,7 @@ var layer = map[string]int{
 // beside lists the imports within a layer that are meant: each is a part that cannot be thought of
 // without the other, never a convenience.
 var beside = map[string]bool{
+	"api job":               true,
 	"store job":             true, // a store keeps jobs
 	"store/sqlite job":      true,
 	"store/sqlite store":    true, // an implementation knows its interface
@@ -84,7 +87,7 @@ var only = map[string][]string{
 	"modernc.org/sqlite":                         {"store/sqlite"},
 	"github.com/rogpeppe/go-internal/testscript": {},
 	"go.uber.org/goleak":                         {},
-	"pgregory.net/rapid":                         {},
+	"pgregory.net/rapid":                         {"store/storetest"},
 	"testing":                                    {"store/storetest"},
 }
 
