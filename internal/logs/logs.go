@@ -96,11 +96,16 @@ func Append(path string, offset int64, data []byte) (newOffset int64, err error)
 	if have >= int64(len(data)) {
 		return size, nil
 	}
-	n, err := f.WriteAt(data[have:], size)
-	if err != nil {
-		return size + int64(n), fmt.Errorf("append to log: %w", err)
+	if _, err := f.WriteAt(data[have:], size); err != nil {
+		err = fmt.Errorf("append to log: %w", err)
+		// WriteAt leaves out of its count what the kernel still took before the error.
+		info, e := f.Stat()
+		if e != nil {
+			return size, errors.Join(err, e)
+		}
+		return info.Size(), err
 	}
-	return size + int64(n), nil
+	return offset + int64(len(data)), nil
 }
 
 // Size gives the length of the log at path in bytes, 0 if there is none.
