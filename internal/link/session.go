@@ -241,7 +241,7 @@ func (st *stream) Read(b []byte) (int, error) {
 	if err != nil && st.closed.Load() {
 		return 0, net.ErrClosed // Close woke this reader
 	}
-	if err == io.EOF {
+	if err == io.EOF { //nolint:errorlint // see mapErr: a reset may wrap one
 		st.finished.Store(true)
 	}
 	return n, mapErr(err)
@@ -279,7 +279,7 @@ func (st *stream) orphaned() {
 	st.reading.Lock() // the last reader has been woken
 	defer st.reading.Unlock()
 	_ = st.y.SetReadDeadline(time.Now().Add(orphanWait))
-	if _, err := st.y.Read(make([]byte, 1)); err != io.EOF {
+	if _, err := st.y.Read(make([]byte, 1)); err != io.EOF { //nolint:errorlint // see mapErr: a reset may wrap one
 		_ = st.y.Reset()
 	}
 }
@@ -294,7 +294,7 @@ func (st *stream) SetWriteDeadline(t time.Time) error { return st.y.SetWriteDead
 // of a session whose transport ended wraps one.
 func mapErr(err error) error {
 	switch {
-	case err == nil, err == io.EOF:
+	case err == nil, err == io.EOF: //nolint:errorlint // a wrapped one is not the stream's end
 		return err
 	case errors.Is(err, yamux.ErrStreamReset):
 		return ErrReset

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -28,6 +29,7 @@ func join(ctx context.Context, conn net.Conn, s Stream) {
 	var ways sync.WaitGroup
 	var mu sync.Mutex
 	failed := false
+	var told atomic.Bool // the program has been, or is being, told the stream's end
 	end := func(err error) {
 		if err != nil {
 			mu.Lock()
@@ -38,6 +40,9 @@ func join(ctx context.Context, conn net.Conn, s Stream) {
 	}
 	ways.Go(func() {
 		err := carry(conn, s)
+		if err == nil && died(conn) && !told.Load() {
+			err = syscall.ECONNRESET
+		}
 		if err == nil {
 			// The program will send no more, but may still be killed while it waits for its answer; only the
 			// kernel knows, since reads give io.EOF from now on.
@@ -53,6 +58,7 @@ func join(ctx context.Context, conn net.Conn, s Stream) {
 	ways.Go(func() {
 		err := carry(s, conn)
 		if err == nil {
+			told.Store(true)
 			err = closeWrite(conn)
 		}
 		end(err)
@@ -108,6 +114,27 @@ func abort(c net.Conn) {
 		_ = l.SetLinger(0)
 	}
 	_ = c.Close()
+}
+
+// died tells that a TCP connection is over in the kernel. The kernel reports a reset once: if a write was told, reads give
+// io.EOF, which passed on would make half an answer look whole. Only before this end has sent its own end is that
+// certain, for an orderly connection is over in the kernel too once both ends have been sent.
+func died(c net.Conn) bool {
+	t, ok := c.(*net.TCPConn)
+	if !ok {
+		return false
+	}
+	raw, err := t.SyscallConn()
+	if err != nil {
+		return true
+	}
+	const tcpClose = 7 // TCP_CLOSE in the kernel's net/tcp_states.h
+	over := false
+	err = raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		over = err == nil && info.State == tcpClose
+	})
+	return over || err != nil
 }
 
 // waitReset waits until the peer of a connection that has sent its end resets it (true), or over is closed
