@@ -56,11 +56,7 @@ func Open(ctx context.Context, path string) (*DB, error) {
 		return nil, problem.Wrap(err, problem.Usage, "give an absolute path", "the store's path %s cannot be used", path)
 	}
 	db := &DB{path: abs}
-	f, err := os.OpenFile(abs, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, db.trouble(ctx, err, "open the store")
-	}
-	if err := f.Close(); err != nil {
+	if err := create(abs); err != nil {
 		return nil, db.trouble(ctx, err, "open the store")
 	}
 	// A path is not a URI: "?" and "%" in it are escaped.
@@ -83,6 +79,24 @@ func Open(ctx context.Context, path string) (*DB, error) {
 	return db, nil
 }
 
+// create makes an empty file that only its owner may read; SQLite's own would follow the umask, and
+// the files beside it take its mode. A file that is there is not opened: closing it again would drop the locks
+// that SQLite holds on it elsewhere in this process, as POSIX wants it.
+func create(path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o600)
+	if err == nil {
+		return f.Close()
+	}
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	st, err := os.Stat(path)
+	if err == nil && st.IsDir() {
+		err = &fs.PathError{Op: "open", Path: path, Err: syscall.EISDIR}
+	}
+	return err
+}
+
 func (db *DB) migrate(ctx context.Context) error {
 	files, err := fs.Sub(migrations, "migrations")
 	if err != nil {
@@ -93,18 +107,25 @@ func (db *DB) migrate(ctx context.Context) error {
 		return db.trouble(ctx, err, "prepare the migrations")
 	}
 	// Closing the provider would close the pool with it; Close does that.
-	have, newest, err := p.GetVersions(ctx)
-	if err != nil {
-		return db.trouble(ctx, err, "read the version of the store")
+	for {
+		have, newest, err := p.GetVersions(ctx)
+		if err != nil {
+			return db.trouble(ctx, err, "read the version of the store")
+		}
+		if have > newest {
+			return problem.New(problem.Version, "install the Pergola that wrote it, or a newer one",
+				"the store %s has version %d, and this Pergola knows %d at most", db.path, have, newest)
+		}
+		_, err = p.Up(ctx)
+		if err == nil {
+			return nil
+		}
+		// goose has no lock for SQLite. Whoever loses the race finds the step done already, its own
+		// rolled back, and goes on from there; without progress it is a failure.
+		if now, _, verr := p.GetVersions(ctx); verr != nil || now <= have {
+			return db.trouble(ctx, err, "bring the tables up to date")
+		}
 	}
-	if have > newest {
-		return problem.New(problem.Version, "install the Pergola that wrote it, or a newer one",
-			"the store %s has version %d, and this Pergola knows %d at most", db.path, have, newest)
-	}
-	if _, err := p.Up(ctx); err != nil {
-		return db.trouble(ctx, err, "bring the tables up to date")
-	}
-	return nil
 }
 
 // Close waits for running calls and closes the file. Subscribers are not woken.
@@ -137,6 +158,12 @@ func (db *DB) trouble(ctx context.Context, err error, doing string) error {
 	if e, ok := errors.AsType[*sqlite.Error](err); ok && (e.Code()&0xff == sqlite3.SQLITE_NOTADB || e.Code()&0xff == sqlite3.SQLITE_CORRUPT) {
 		return problem.Wrap(err, problem.Internal, "restore a backup, or move the file away to begin anew",
 			"%s is damaged, or not a store", db.path)
+	}
+	if e, ok := errors.AsType[*sqlite.Error](err); ok {
+		switch e.Code() & 0xff {
+		case sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM:
+			return problem.Wrap(err, problem.Usage, "check the folder and its owner", "cannot %s in %s", doing, db.path)
+		}
 	}
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EISDIR) {
 		return problem.Wrap(err, problem.Usage, "check the folder and its owner", "cannot %s in %s", doing, db.path)
