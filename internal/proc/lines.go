@@ -12,24 +12,26 @@ import (
 //   - carriage returns at the very end belong to the line's end ("a\r\n") and are kept;
 //   - if there is any other carriage return, the line is a progress line: each carriage return
 //     begins a new form that replaces the one before, and only the last form is logged;
-//   - once a form exceeds MaxLine bytes it is logged from its first byte, and the rest of the line
+//   - once a form, its carriage returns included, exceeds the limit it is logged from its first byte, and the rest of the line
 //     follows byte for byte whatever it has;
 //   - a last line without a newline gets one, so that the next program to append starts on its own.
 //
 // So without such carriage returns the log has exactly the bytes of the input.
 type splitter struct {
+	limit int // of what is held back, in bytes: MaxLine outside of tests
+
 	log  func([]byte)      // bytes for the log, in order
 	line func(lineInfo)    // a line ended
 	form func(form []byte) // a form of a progress line was replaced by the next one; may be nil
 
-	cur      []byte // the current form; once long, its first MaxLine bytes
+	cur      []byte // the current form; once long, its first limit bytes
 	returns  int    // carriage returns seen since cur
 	progress bool   // an earlier form was dropped
 	long     bool   // the form is being logged as it comes
 	size     int64  // of the line as logged so far, where long
 }
 
-// lineInfo is a finished line: its first MaxLine bytes without newline and trailing carriage returns.
+// lineInfo is a finished line: its first limit bytes without newline and trailing carriage returns.
 type lineInfo struct {
 	head     []byte
 	size     int64 // of the whole
@@ -57,7 +59,7 @@ func (s *splitter) write(b []byte) {
 			b = b[1:]
 			continue
 		case '\r':
-			if len(s.cur)+s.returns >= MaxLine {
+			if len(s.cur)+s.returns >= s.limit {
 				s.commit()
 				continue
 			}
@@ -75,7 +77,7 @@ func (s *splitter) write(b []byte) {
 		if i < 0 {
 			i = len(b)
 		}
-		if n := MaxLine - len(s.cur); i > n {
+		if n := s.limit - len(s.cur); i > n {
 			s.cur = append(s.cur, b[:n]...)
 			b = b[n:]
 			s.commit()

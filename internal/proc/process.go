@@ -259,6 +259,8 @@ func (p *Process) watch(streams []*stream, read <-chan struct{}) {
 	p.mu.Unlock()
 
 	_, sweepErr := killAll("what "+p.spec.Name+" left behind", p.remains)
+	// A process whose first thread has ended looks dead, but its other threads may run.
+	p.toGroup(unix.SIGKILL)
 
 	state, err := p.os.Wait() // after left is closed nobody sends signals by pid
 	sweepErr = errors.Join(sweepErr, leave())
@@ -291,8 +293,8 @@ func exitOf(state *os.ProcessState, err error) Exit {
 		return Exit{Code: ExitFatal} // somebody else has reaped it: its code is lost
 	}
 	ws, _ := state.Sys().(syscall.WaitStatus)
-	if ws.Signaled() {
-		return Exit{Code: -int(ws.Signal()), Signal: ws.Signal()}
+	if sig := ws.Signal(); sig > 0 {
+		return Exit{Code: -int(sig), Signal: sig}
 	}
 	return Exit{Code: ws.ExitStatus()}
 }

@@ -34,7 +34,7 @@ func newSink(spec *Spec) (*sink, error) {
 
 // splitter gives a splitter of one stream into this sink; its methods are for [sink.feed].
 func (s *sink) splitter() *splitter {
-	sp := &splitter{log: s.collect, line: s.line}
+	sp := &splitter{limit: MaxLine, log: s.collect, line: s.line}
 	if s.spec.Progress && s.spec.Echo != nil {
 		sp.form = func(form []byte) { s.echo("\r" + s.prefix() + valid(form, MaxLine)) }
 	}

@@ -211,76 +211,95 @@ func environHas(pid int, match func(kv string) bool) bool {
 	return false
 }
 
-// killAll kills what find finds until it finds nothing more: while one is killed another may fork.
+// killAll kills what find finds until it finds nothing more. First all are stopped: what stands
+// still cannot fork, so that no child slips away while its parent is killed.
 func killAll(what string, find func() ([]stat, error)) (n int, err error) {
 	deadline := time.Now().Add(killPatience)
-	killed := map[stat]bool{}
 	for {
-		found, err := find()
-		if err != nil {
-			return len(killed), problem.Wrap(err, problem.Internal, "see that /proc is mounted and readable", "cannot look for %s", what)
+		victims, err := freeze(find)
+		for _, v := range victims {
+			_ = v.signal(unix.SIGKILL) // gone already: as wanted
 		}
-		self := os.Getpid()
-		var left []victim
+		left := awaitGone(victims, deadline)
+		n += len(victims) - len(left)
+		ReapAdopted()
+		switch {
+		case err != nil:
+			return n, problem.Wrap(err, problem.Internal, "see that /proc is mounted and readable", "cannot look for %s", what)
+		case len(victims) == 0:
+			return n, nil
+		case len(left) > 0: // awaitGone has used up the time
+			pids := strings.Join(left, ",")
+			return n, problem.New(problem.Internal, "see what they wait for: ps -o pid,stat,wchan,args -p "+pids,
+				"of %s, some were killed but have not ended after %s (process %s)", what, killPatience, pids)
+		case !time.Now().Before(deadline):
+			return n, problem.New(problem.Internal, "limit the number of the user's processes: ulimit -u",
+				"%s start others faster than they can be killed: %d in %s", what, n, killPatience)
+		}
+	}
+}
+
+// freezeRounds is how often freeze looks again: each round can only find what was being forked in the one before.
+const freezeRounds = 20
+
+// freeze stops what find finds until it finds nothing new.
+func freeze(find func() ([]stat, error)) (victims []victim, err error) {
+	type identity struct {
+		pid   int
+		start uint64
+	}
+	seen, self := map[identity]bool{}, os.Getpid()
+	for range freezeRounds {
+		found, ferr := find()
+		err = ferr
+		fresh := false
 		for _, s := range found {
-			if s.pid == self || s.pid == 1 {
+			id := identity{s.pid, s.start}
+			if seen[id] || s.pid == self || s.pid == 1 {
 				continue
 			}
-			if v, ok := kill(s); ok {
-				left = append(left, v)
-				s.state, s.ppid, s.pgrp = 0, 0, 0
-				killed[s] = true
+			seen[id] = true
+			if v, ok := catch(s); ok {
+				victims, fresh = append(victims, v), true
+				_ = v.signal(unix.SIGSTOP) // as above
 			}
 		}
-		if len(left) == 0 {
-			return len(killed), nil
-		}
-		gone := awaitGone(left, deadline)
-		ReapAdopted()
-		if !gone && !time.Now().Before(deadline) {
-			var pids []string
-			for _, v := range left {
-				pids = append(pids, strconv.Itoa(v.pid))
-			}
-			return len(killed), problem.New(problem.Internal,
-				"look at them with: ps -o pid,stat,wchan,args -p "+strings.Join(pids, ","),
-				"%s were killed but not all have ended after %s (still there: some of %s)", what, killPatience, strings.Join(pids, ", "))
+		if !fresh {
+			break
 		}
 	}
+	return victims, err
 }
 
-// victim is a process that was sent SIGKILL.
+// victim is a process that is to be killed.
 type victim struct {
 	stat
-	fd int // pidfd, or -1 where the kernel has none (before 5.3)
+	fd int // pidfd, or -1 where the kernel has none (before 5.3) or we have no descriptor left
 }
 
-// kill sends SIGKILL to exactly the process of s; false if it is gone or not ours to kill. With a
-// pidfd there is no moment in which the pid could be reused between looking and killing.
-func kill(s stat) (victim, bool) {
-	fd, err := unix.PidfdOpen(s.pid, 0)
-	switch {
-	case err == nil:
-	case errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EPERM), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE):
-		fd = -1
-	default:
-		return victim{}, false
+// catch takes hold of exactly the process of s; false if it is gone or not ours to kill. The
+// identity is compared after the pidfd was opened, so the pid cannot be reused in between.
+func catch(s stat) (victim, bool) {
+	v := victim{stat: s, fd: -1}
+	if fd, err := unix.PidfdOpen(s.pid, 0); err == nil {
+		v.fd = fd
 	}
-	v := victim{stat: s, fd: fd}
-	if !Alive(s.pid, s.start) {
-		v.close()
-		return victim{}, false
-	}
-	if fd >= 0 {
-		err = unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0)
-	} else {
-		err = unix.Kill(s.pid, unix.SIGKILL)
-	}
-	if err != nil {
+	if !Alive(s.pid, s.start) || v.signal(0) != nil {
 		v.close()
 		return victim{}, false
 	}
 	return v, true
+}
+
+// signal sends to the process of v. An error means that it is gone, which is what is wanted.
+func (v victim) signal(sig syscall.Signal) error {
+	if v.fd >= 0 {
+		return unix.PidfdSendSignal(v.fd, sig, nil, 0)
+	}
+	if !Alive(v.pid, v.start) {
+		return unix.ESRCH
+	}
+	return unix.Kill(v.pid, sig)
 }
 
 func (v victim) close() {
@@ -289,27 +308,30 @@ func (v victim) close() {
 	}
 }
 
-// awaitGone waits until all are gone or zombies, and closes their pidfds; false if the deadline came first.
-func awaitGone(left []victim, deadline time.Time) bool {
-	gone := true
-	for _, v := range left {
+// awaitGone waits until all are gone or zombies, and closes their pidfds. It gives the pids of
+// those that are still there at the deadline.
+func awaitGone(victims []victim, deadline time.Time) (left []string) {
+	for _, v := range victims {
 		for Alive(v.pid, v.start) {
 			rest := time.Until(deadline)
 			if rest <= 0 {
-				gone = false
+				left = append(left, strconv.Itoa(v.pid))
 				break
 			}
-			if v.fd < 0 {
-				time.Sleep(min(rest, 5*time.Millisecond)) // no pidfd: there is nothing to wait on but time
-				continue
-			}
-			fds := []unix.PollFd{{Fd: int32(v.fd), Events: unix.POLLIN}}
-			if _, err := unix.Poll(fds, int(rest.Milliseconds())+1); err != nil && !errors.Is(err, syscall.EINTR) {
-				gone = false
-				break
-			}
+			v.await(rest)
 		}
 		v.close()
 	}
-	return gone
+	return left
+}
+
+// await waits for the end of v, or a part of limit.
+func (v victim) await(limit time.Duration) {
+	if v.fd >= 0 {
+		fds := []unix.PollFd{{Fd: int32(v.fd), Events: unix.POLLIN}}
+		if _, err := unix.Poll(fds, int(limit.Milliseconds())+1); err == nil || errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
+	time.Sleep(min(limit, 5*time.Millisecond)) // without a pidfd there is nothing to wait on but time
 }
