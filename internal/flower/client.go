@@ -1,0 +1,189 @@
+package flower
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/proc"
+)
+
+// ClientConfig says how to run a site's side of a job.
+type ClientConfig struct {
+	Install    *Installation
+	AppDir     string // the staged app; the programs' working directory
+	RunDir     string
+	LogDir     string         // client_app_log.txt
+	FlwrHome   string         // this party's own FLWR_HOME
+	IP         string         // a loopback address of this party alone
+	Superlink  string         // "host:port" of the Fleet API, or of a relay to it
+	NodeConfig map[string]any // text, int, float64, bool
+	RunConfig  []string       // overrides; needed up to flwr 1.12 only, where each site reads its own copy
+	Env        []string       // complete environment, "K=V", to which what keeps the job in its place is added
+	Party      string
+	Echo       io.Writer
+	OnEvent    func(Event)
+	OnLogError func(error)
+}
+
+// Client is a running supernode.
+type Client struct {
+	party *party
+	node  *proc.Process
+	done  chan struct{}
+
+	mu       sync.Mutex // guards the rest
+	stopping bool
+}
+
+// StartClient starts a supernode. It does not wait until the supernode has reached the superlink: a
+// NodeReady event says so. Errors have the codes program-failed, usage and app-invalid. ctx is for
+// starting only: end the client with Stop.
+func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
+	if ctx.Err() != nil {
+		return nil, ctxError(ctx, "start the supernode")
+	}
+	caps := cfg.Install.Caps
+	node, err := nodeConfig(cfg.NodeConfig)
+	if err != nil {
+		return nil, err
+	}
+	if caps.Generation == GenDriver {
+		over, err := ParseRunConfig(cfg.RunConfig)
+		if err != nil {
+			return nil, err
+		}
+		if err := overrideStaged(cfg.AppDir, over); err != nil {
+			return nil, err
+		}
+	}
+	c := &Client{done: make(chan struct{})}
+	c.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.IP, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError)
+	if err != nil {
+		return nil, err
+	}
+	ports, _, err := freePorts(cfg.IP, 1, 0)
+	if err != nil {
+		return nil, err
+	}
+	own, port := net.JoinHostPort(cfg.IP, strconv.Itoa(ports[0])), strconv.Itoa(ports[0])
+	args := []string{cfg.Install.program(ProgramSupernode), "--insecure", "--superlink", cfg.Superlink}
+	has := func(flag string) bool { _, ok := caps.Supernode[flag]; return ok }
+	switch {
+	case has("--host") && has("--port"):
+		args = append(args, "--host", cfg.IP, "--port", port)
+	case has("--clientappio-api-address"):
+		args = append(args, "--clientappio-api-address", own)
+	case has("--supernode-address"):
+		args = append(args, "--supernode-address", own)
+	}
+	if has("--disable-runtime-dependency-installation") {
+		args = append(args, "--disable-runtime-dependency-installation")
+	}
+	if node != "" {
+		args = append(args, "--node-config", node)
+	}
+	if caps.Generation == GenDriver {
+		if caps.GRPCAdapter {
+			args = append(args, "--grpc-adapter")
+		}
+		args = append(args, cfg.AppDir)
+	}
+	log := newParser(ProgramSupernode)
+	handle := func(events []Event) {
+		for _, e := range events {
+			c.party.events.emit(e)
+		}
+	}
+	c.node, err = c.party.start(ProgramSupernode, ClientAppLog, prefixClientApp, args, func(line string) { handle(log.line(line)) })
+	if err != nil {
+		return nil, err
+	}
+	go func() { // ends with the process: Stop waits for it
+		defer close(c.done)
+		<-c.node.Done()
+		handle(log.end())
+		c.party.ended(ProgramSupernode, c.node)
+	}()
+	return c, nil
+}
+
+// nodeConfig writes a node config as --node-config wants it: space-separated TOML pairs.
+func nodeConfig(config map[string]any) (string, error) {
+	var pairs []string
+	for _, key := range slices.Sorted(maps.Keys(config)) {
+		value := tomlValue(config[key])
+		if key == "" || strings.ContainsAny(key, " =\"'\n\t") || value == "" {
+			return "", problem.New(problem.Usage, "use text without line ends and with one kind of quotes at most, a number, true or false",
+				"the node config %s = %v cannot be given to a supernode", key, config[key])
+		}
+		pairs = append(pairs, key+"="+value)
+	}
+	return strings.Join(pairs, " "), nil
+}
+
+// tomlValue writes a value so that flwr's own reading of pairs (pairForm) takes it, "" if it cannot.
+func tomlValue(v any) string {
+	switch v := v.(type) {
+	case string:
+		switch {
+		case strings.ContainsAny(v, "\n\r"):
+			return ""
+		case !strings.Contains(v, "'"):
+			return "'" + v + "'" // literal: no escapes
+		case !strings.ContainsAny(v, `"\`):
+			return `"` + v + `"`
+		}
+		return ""
+	case float64:
+		s := strconv.FormatFloat(v, 'g', -1, 64)
+		if !strings.ContainsAny(s, ".eIN") {
+			s += ".0"
+		}
+		return strings.ToLower(s)
+	case float32:
+		return tomlValue(float64(v))
+	case int, int64, int32, uint, uint32, uint64, bool:
+		return fmt.Sprint(v)
+	}
+	return ""
+}
+
+// Done is closed when the supernode has ended and its log is complete.
+func (c *Client) Done() <-chan struct{} { return c.done }
+
+// Exit tells how the supernode ended; valid after Done.
+func (c *Client) Exit() proc.Exit { return c.node.Exit() }
+
+// Err is the problem of a supernode that ended with a failure and was not stopped; nil otherwise, and
+// while it runs.
+func (c *Client) Err() error {
+	select {
+	case <-c.done:
+	default:
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stopping || c.node.Exit().OK() {
+		return nil
+	}
+	return died(ProgramSupernode, ClientAppLog, c.node)
+}
+
+// Stop ends the supernode and everything that it started within grace, then by force; idempotent.
+func (c *Client) Stop(grace time.Duration) {
+	c.mu.Lock()
+	c.stopping = true
+	c.mu.Unlock()
+	c.node.Stop(grace)
+	<-c.done
+}

@@ -1,0 +1,232 @@
+package flower
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/proc"
+)
+
+// Names of log files and prefixes are those of the reference system (NVIDIA FLARE's Flower applets), so
+// that tools which look for them go on finding them.
+const (
+	SuperlinkLog = "superlink_log.txt"
+	ServerAppLog = "server_app_log.txt"
+	ClientAppLog = "client_app_log.txt"
+
+	prefixSuperlink = "FLWR-SL"
+	prefixServerApp = "FLWR-SA"
+	prefixClientApp = "FLWR-CA"
+)
+
+// Names of the programs in events and messages.
+const (
+	ProgramSuperlink = "flower-superlink"
+	ProgramSupernode = "flower-supernode"
+	ProgramServerApp = "flower-server-app"
+	ProgramFlwrRun   = "flwr run"
+)
+
+// firstPort is where the ports of a party's programs begin: below Linux's ephemeral range (32768 and
+// up), so that no outgoing connection can hold one. The party's address is its own, so only a program
+// that listens on all addresses can be in the way; then the next ports are tried.
+const (
+	firstPort    = 9091
+	portStep     = 20
+	portAttempts = 40
+)
+
+// freePorts gives n neighbouring ports that are free on ip now, from the given attempt on.
+func freePorts(ip string, n, attempt int) (ports []int, next int, err error) {
+	for ; attempt < portAttempts; attempt++ {
+		base := firstPort + attempt*portStep
+		free := true
+		for i := range n {
+			var l net.Listener
+			if l, err = net.Listen("tcp", net.JoinHostPort(ip, strconv.Itoa(base+i))); err != nil {
+				free = false
+				if !errors.Is(err, syscall.EADDRINUSE) {
+					return nil, attempt, problem.Wrap(err, problem.ProgramFailed, "check the machine's loopback interface", "no port can be opened on %s", ip)
+				}
+				break
+			}
+			if err = l.Close(); err != nil {
+				return nil, attempt, problem.Wrap(err, problem.ProgramFailed, "check the machine's loopback interface", "no port can be opened on %s", ip)
+			}
+		}
+		if free {
+			for i := range n {
+				ports = append(ports, base+i)
+			}
+			return ports, attempt + 1, nil
+		}
+	}
+	return nil, attempt, problem.Wrap(err, problem.ProgramFailed, "stop what listens on all addresses there", "no free ports from %d on at %s", firstPort, ip)
+}
+
+// portTaken tells from a program's last lines that another program had its port.
+func portTaken(tail []string) bool {
+	for _, line := range tail {
+		l := strings.ToLower(line)
+		for _, s := range []string{"address already in use", "errno 98", "failed to bind to address", "is already in use", "port in server address", "could not bind"} {
+			if strings.Contains(l, s) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// programEnv is the environment of Flower's programs: given, with what the package comment promises.
+// Keys in given win nowhere: what is set here is what keeps a job inside of its directory and address.
+func programEnv(given []string, bin, home, ip string) []string {
+	set := map[string]string{
+		"FLWR_TELEMETRY_ENABLED":    "0",
+		"FLWR_DISABLE_UPDATE_CHECK": "1",
+		"FLWR_HOME":                 home,
+		"PYTHONUNBUFFERED":          "1",
+	}
+	drop := map[string]bool{
+		"PYTHONDONTWRITEBYTECODE": true, // each of Flower's processes would compile all of flwr anew, for seconds
+		"PYTHONHOME":              true, // of another interpreter
+		"VIRTUAL_ENV":             true,
+	}
+	path, noProxy := "", ""
+	var env []string
+	for _, kv := range given {
+		key, value, ok := strings.Cut(kv, "=")
+		if !ok || drop[key] {
+			continue
+		}
+		switch key {
+		case "PATH":
+			path = value
+			continue
+		case "NO_PROXY", "no_proxy":
+			noProxy = value
+			continue
+		}
+		if _, ours := set[key]; !ours {
+			env = append(env, kv)
+		}
+	}
+	if path == "" {
+		path = "/usr/local/bin:/usr/bin:/bin"
+	}
+	set["PATH"] = bin + string(os.PathListSeparator) + path
+	// gRPC and httpx honour http_proxy for loopback addresses too.
+	hosts := []string{"localhost", "127.0.0.1"}
+	if ip != "" && ip != "127.0.0.1" {
+		hosts = append(hosts, ip)
+	}
+	if noProxy != "" {
+		hosts = append([]string{noProxy}, hosts...)
+	}
+	set["NO_PROXY"] = strings.Join(hosts, ",")
+	set["no_proxy"] = set["NO_PROXY"]
+	for _, key := range slices.Sorted(maps.Keys(set)) {
+		env = append(env, key+"="+set[key])
+	}
+	return env
+}
+
+// party is what the server's and the client's side have in common.
+type party struct {
+	inst       *Installation
+	dir        string // working directory of the programs
+	logDir     string
+	env        []string
+	name       string // for the echo's prefix
+	echo       io.Writer
+	onLogError func(error)
+	events     *emitter
+}
+
+func newParty(inst *Installation, appDir, logDir, home, ip string, env []string, name string, echo io.Writer, onEvent func(Event), onLogError func(error)) (*party, error) {
+	for _, dir := range []string{logDir, home} {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, problem.Wrap(err, codeOf(err), "make room, or choose another directory", "the directory %s cannot be made", dir)
+		}
+	}
+	return &party{
+		inst: inst, dir: appDir, logDir: logDir, env: programEnv(env, inst.Bin, home, ip), name: name, echo: echo,
+		onLogError: onLogError, events: &emitter{fn: onEvent},
+	}, nil
+}
+
+// start starts one of the programs; onLine gets its lines with colours and other escapes removed.
+func (p *party) start(name, log, prefix string, args []string, onLine func(string)) (*proc.Process, error) {
+	if p.name != "" {
+		prefix += "@" + p.name
+	}
+	process, err := proc.Start(proc.Spec{
+		Name: name, Args: args, Dir: p.dir, Env: p.env, Log: filepath.Join(p.logDir, log), Prefix: prefix, Echo: p.echo,
+		OnLine: func(line string) { onLine(plain(line)) }, OnLogError: p.onLogError,
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.events.emit(Event{Kind: ProgramStarted, Program: name, Pid: process.Pid()})
+	return process, nil
+}
+
+// ended reports a program's end.
+func (p *party) ended(name string, process *proc.Process) {
+	p.events.emit(Event{Kind: ProgramEnded, Program: name, Pid: process.Pid(), Exit: process.Exit(), Tail: plainLines(process.Tail(20))})
+}
+
+// died is the problem of a program that ended when it should not have.
+func died(name, log string, process *proc.Process) *problem.Error {
+	exit := process.Exit()
+	code, next := problem.ProgramFailed, "see the end of "+log
+	if exit.OOM {
+		code, next = problem.OutOfMemory, "give the machine more memory, or the app less work at a time"
+	}
+	e := problem.New(code, next, "%s ended unexpectedly with %s%s", name, exit, lastWords(process.Tail(20)))
+	e.Log = log
+	return e
+}
+
+// lastWords quotes the last lines that say something, for a message of one sentence.
+func lastWords(tail []string) string {
+	var words []string
+	for _, line := range slices.Backward(plainLines(tail)) {
+		line = strings.TrimSpace(line)
+		if line == "" {
+			continue
+		}
+		words = append(words, line[:min(len(line), 300)])
+		if len(words) == 3 {
+			break
+		}
+	}
+	if len(words) == 0 {
+		return "; it printed nothing"
+	}
+	slices.Reverse(words)
+	return "; it last said: " + strings.ToValidUTF8(strings.Join(words, " | "), "")
+}
+
+func plainLines(lines []string) []string {
+	out := make([]string, len(lines))
+	for i, l := range lines {
+		out[i] = plain(l)
+	}
+	return out
+}
+
+// ctxError gives why ctx ended.
+func ctxError(ctx context.Context, doing string) error {
+	return fmt.Errorf("%s: %w", doing, context.Cause(ctx))
+}

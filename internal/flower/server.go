@@ -1,0 +1,560 @@
+package flower
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/proc"
+)
+
+// DefaultReadyTimeout is how long a superlink may take to be ready. The reference has 10 s; a cold
+// start of Python on a slow disk takes longer.
+const DefaultReadyTimeout = 60 * time.Second
+
+// ServerConfig says how to run the server's side of a job.
+type ServerConfig struct {
+	Install      *Installation
+	AppDir       string   // the staged app; the programs' working directory
+	RunDir       string   // where Database is, if it is relative
+	LogDir       string   // superlink_log.txt and server_app_log.txt
+	FlwrHome     string   // this party's own FLWR_HOME
+	IP           string   // a loopback address of this party alone
+	Env          []string // complete environment, "K=V", to which what keeps the job in its place is added
+	Args         []string // to the server app: flower-server-app or `flwr run`; --run-config is taken out and added to RunConfig
+	RunConfig    []string // overrides, see ParseRunConfig
+	Database     string   // "" keeps the superlink's state in memory
+	ReadyTimeout time.Duration
+	Party        string    // behind the prefix of echoed lines
+	Echo         io.Writer // nil: no echo
+	OnEvent      func(Event)
+	OnLogError   func(error)
+}
+
+// Server is a running superlink, and its server app once RunApp was called.
+type Server struct {
+	cfg   ServerConfig
+	party *party
+	args  []string // cfg.Args without run config
+	over  map[string]any
+
+	link             *proc.Process
+	fleet, api, rest string // addresses: Fleet; Driver, Exec or Control; ServerAppIo or Runtime
+	control          *control
+	linkLog          *parser
+
+	done chan struct{} // closed when the superlink has ended
+	wait sync.WaitGroup
+
+	fab func() (bundle, error)
+
+	mu       sync.Mutex // guards the rest
+	app      *proc.Process
+	run      uint64
+	nodes    int
+	changed  chan struct{} // closed and replaced when nodes changes
+	stopping bool
+	lastApp  *raised // the newest exception of the server app
+}
+
+// bundle is a FAB and its SHA-256.
+type bundle struct {
+	content []byte
+	hash    string
+}
+
+// raised is an exception that was printed.
+type raised struct {
+	exception string
+	traceback []string
+}
+
+// StartServer starts the superlink on cfg.IP and waits until its ports accept connections and speak
+// their protocol. Errors have the codes start-timeout, program-failed, app-invalid and usage, or wrap
+// the cause of ctx; nothing is left running then. ctx is for starting only: end the server with Stop.
+func StartServer(ctx context.Context, cfg ServerConfig) (*Server, error) {
+	s := &Server{cfg: cfg, done: make(chan struct{}), changed: make(chan struct{})}
+	var err error
+	if s.args, s.over, err = serverArgs(cfg); err != nil {
+		return nil, err
+	}
+	s.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.IP, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError)
+	if err != nil {
+		return nil, err
+	}
+	if s.cfg.ReadyTimeout <= 0 {
+		s.cfg.ReadyTimeout = DefaultReadyTimeout
+	}
+	if w := cfg.Install.Warning; w != "" {
+		s.party.events.emit(Event{Kind: Warning, Message: w})
+	}
+	gen := cfg.Install.Caps.Generation
+	if gen == GenDriver {
+		if err := overrideStaged(cfg.AppDir, s.over); err != nil {
+			return nil, err
+		}
+	}
+	// Packing costs as long as the superlink's start does: together.
+	s.fab = sync.OnceValues(func() (bundle, error) {
+		content, hash, err := buildFAB(cfg.AppDir, gen)
+		return bundle{content, hash}, err
+	})
+	if gen > GenDriver {
+		s.wait.Go(func() { _, _ = s.fab() }) // its error comes again in RunApp
+	}
+	for attempt := 0; ; {
+		var ports []int
+		if ports, attempt, err = freePorts(cfg.IP, 4, attempt); err != nil {
+			break
+		}
+		if err = s.startLink(ctx, ports); err == nil || !errors.Is(err, errPortTaken) {
+			break
+		}
+	}
+	if err != nil {
+		s.wait.Wait()
+		return nil, err
+	}
+	s.control = newControl(s.api, gen)
+	s.wait.Go(func() {
+		<-s.link.Done()
+		s.party.ended(ProgramSuperlink, s.link)
+		close(s.done)
+	})
+	return s, nil
+}
+
+var errPortTaken = errors.New("another program has the port")
+
+// startLink starts a superlink on the given ports and waits for it.
+func (s *Server) startLink(ctx context.Context, ports []int) error {
+	addr := func(i int) string { return net.JoinHostPort(s.cfg.IP, strconv.Itoa(ports[i])) }
+	caps := s.cfg.Install.Caps
+	args := []string{s.cfg.Install.program(ProgramSuperlink), "--insecure"}
+	grpc := func(a string) func(context.Context) error {
+		return func(ctx context.Context) error { return speaksHTTP2(ctx, a) }
+	}
+	http := func(a string) func(context.Context) error {
+		return func(ctx context.Context) error { return speaksHTTP1(ctx, a) }
+	}
+	s.rest, s.fleet, s.api = addr(0), addr(1), addr(2)
+	var checks []func(context.Context) error
+	switch caps.Generation {
+	case GenDriver:
+		s.api = s.rest
+		args = append(args, "--driver-api-address", s.rest, "--fleet-api-address", s.fleet)
+		checks = append(checks, grpc(s.rest), grpc(s.fleet))
+	case GenExec, GenControl:
+		name := "--exec-api-address"
+		if caps.Generation == GenControl {
+			name = "--control-api-address"
+		}
+		args = append(args, "--serverappio-api-address", s.rest, "--fleet-api-address", s.fleet, name, s.api)
+		if _, ok := caps.Superlink["--simulationio-api-address"]; ok && caps.Generation == GenExec {
+			args = append(args, "--simulationio-api-address", addr(3)) // its default is all addresses
+		}
+		checks = append(checks, grpc(s.api), grpc(s.fleet), grpc(s.rest))
+	case GenRuntime:
+		args = append(args, "--host", s.cfg.IP, "--port", strconv.Itoa(ports[0]), "--fleet-api-address", s.fleet, "--control-api-address", s.api)
+		checks = append(checks, grpc(s.api), grpc(s.fleet), http(s.rest))
+	default:
+		s.fleet, s.api = s.rest, s.rest
+		args = append(args, "--host", s.cfg.IP, "--port", strconv.Itoa(ports[0]))
+		checks = append(checks, http(s.rest))
+	}
+	if caps.Generation == GenDriver && caps.GRPCAdapter {
+		args = append(args, "--fleet-api-type", "grpc-adapter") // as the reference does with this generation
+	}
+	if _, ok := caps.Superlink["--disable-runtime-dependency-installation"]; ok {
+		args = append(args, "--disable-runtime-dependency-installation")
+	}
+	if db := s.cfg.Database; db != "" {
+		if db != ":memory:" && s.cfg.RunDir != "" && !filepath.IsAbs(db) {
+			db = filepath.Join(s.cfg.RunDir, db)
+		}
+		args = append(args, "--database", db)
+	}
+
+	s.linkLog = newParser(ProgramSuperlink)
+	link, err := s.party.start(ProgramSuperlink, SuperlinkLog, prefixSuperlink, args, s.onLinkLine)
+	if err != nil {
+		return err
+	}
+	rctx, cancel := context.WithTimeoutCause(ctx, s.cfg.ReadyTimeout, errNotReady)
+	defer cancel()
+	err = waitReady(rctx, link.Done(), checks)
+	if err == nil {
+		s.link = link
+		return nil
+	}
+	link.Stop(0)
+	s.party.ended(ProgramSuperlink, link)
+	switch {
+	case errors.Is(err, errDied) && portTaken(link.Tail(50)):
+		s.party.events.emit(Event{Kind: Warning, Program: ProgramSuperlink, Message: fmt.Sprintf("a port from %d on was taken on %s; trying others", ports[0], s.cfg.IP)})
+		return fmt.Errorf("%w: %w", errPortTaken, died(ProgramSuperlink, SuperlinkLog, link))
+	case errors.Is(err, errDied):
+		return died(ProgramSuperlink, SuperlinkLog, link)
+	case ctx.Err() != nil:
+		return ctxError(ctx, "start the superlink")
+	}
+	e := problem.New(problem.StartTimeout, "see "+SuperlinkLog+"; raise ready-timeout of [tool.pergola.server] if the machine is slow",
+		"%s was not ready within %s (%v)%s", ProgramSuperlink, s.cfg.ReadyTimeout, err, lastWords(link.Tail(20)))
+	e.Log = SuperlinkLog
+	return e
+}
+
+var errNotReady = errors.New("not ready in time")
+
+// serverArgs takes the run config out of the server app's arguments.
+func serverArgs(cfg ServerConfig) (rest []string, over map[string]any, err error) {
+	overrides := append([]string(nil), cfg.RunConfig...)
+	for i := 0; i < len(cfg.Args); i++ {
+		arg := cfg.Args[i]
+		name, value, joined := strings.Cut(arg, "=")
+		switch {
+		case joined && name == "--run-config":
+			overrides = append(overrides, value)
+		case arg == "--run-config" || arg == "-c":
+			if i++; i == len(cfg.Args) {
+				return nil, nil, problem.New(problem.Usage, "give it a value: --run-config 'rounds=3'", "the server app's argument %s has no value", arg)
+			}
+			overrides = append(overrides, cfg.Args[i])
+		default:
+			rest = append(rest, arg)
+		}
+	}
+	over, err = ParseRunConfig(overrides)
+	return rest, over, err
+}
+
+// overrideStaged writes overrides into a staged app's own config: this generation's flower-server-app
+// takes none, and its supernodes read the app's directory.
+func overrideStaged(dir string, over map[string]any) error {
+	if len(over) == 0 {
+		return nil
+	}
+	raw, err := readText(filepath.Join(dir, "pyproject.toml"))
+	if err != nil {
+		return problem.Wrap(err, problem.AppInvalid, "stage the app first", "the staged app has no pyproject.toml")
+	}
+	var doc map[string]any
+	if err := toml.Unmarshal(raw, &doc); err != nil {
+		return tomlProblem(filepath.Join(dir, "pyproject.toml"), err)
+	}
+	var changed bool
+	app := table(table(table(doc, "tool", &changed), "flwr", &changed), "app", &changed)
+	config, _ := app["config"].(map[string]any)
+	flat := map[string]any{}
+	flatten(config, "", flat)
+	for k, v := range over {
+		if _, ok := flat[k]; !ok {
+			return unknownKey(k, flat)
+		}
+		flat[k] = v
+	}
+	app["config"] = flat
+	return writePyproject(dir, doc)
+}
+
+// FleetAddr is where supernodes connect, "host:port".
+func (s *Server) FleetAddr() string { return s.fleet }
+
+// Done is closed when the superlink has ended, for whatever reason.
+func (s *Server) Done() <-chan struct{} { return s.done }
+
+// Failure tells why the superlink ended, nil while it runs and after Stop.
+func (s *Server) Failure() error {
+	select {
+	case <-s.done:
+	default:
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		return nil
+	}
+	return died(ProgramSuperlink, SuperlinkLog, s.link)
+}
+
+// Nodes is how many supernodes have registered.
+func (s *Server) Nodes() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.nodes
+}
+
+// WaitNodes waits until n supernodes have registered, the superlink has ended or ctx does.
+func (s *Server) WaitNodes(ctx context.Context, n int) error {
+	for {
+		s.mu.Lock()
+		nodes, changed := s.nodes, s.changed
+		s.mu.Unlock()
+		if nodes >= n {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-s.done:
+			if err := s.Failure(); err != nil {
+				return err
+			}
+			return problem.New(problem.ProgramFailed, "", "the superlink was stopped")
+		case <-ctx.Done():
+			return ctxError(ctx, fmt.Sprintf("wait for %d supernodes, %d are there", n, nodes))
+		}
+	}
+}
+
+func (s *Server) onLinkLine(line string) { s.handle(s.linkLog.line(line)) }
+
+// handle takes note of what a parser found and passes it on.
+func (s *Server) handle(events []Event) {
+	for _, e := range events {
+		switch e.Kind {
+		case NodeReady:
+			s.mu.Lock()
+			s.nodes++
+			close(s.changed)
+			s.changed = make(chan struct{})
+			s.mu.Unlock()
+		case AppException:
+			s.mu.Lock()
+			s.lastApp = &raised{e.Exception, e.Traceback}
+			s.mu.Unlock()
+		}
+		s.party.events.emit(e)
+	}
+}
+
+// Stop ends the server app, then the superlink and everything that they started, each within grace,
+// then by force. It is idempotent and waits until all are gone.
+func (s *Server) Stop(grace time.Duration) {
+	s.mu.Lock()
+	s.stopping = true
+	app := s.app
+	s.mu.Unlock()
+	if app != nil {
+		app.Stop(grace)
+	}
+	s.link.Stop(grace)
+	<-s.done
+	s.wait.Wait()
+	s.control.close()
+}
+
+// RunApp runs the server app to its end: nil when it finished well. Otherwise the error is app-error
+// with what it raised, program-failed if the superlink or another program died, or wraps the cause of
+// ctx; programs go on running then, until Stop. It can be called once.
+func (s *Server) RunApp(ctx context.Context) error {
+	gen := s.cfg.Install.Caps.Generation
+	if gen == GenDriver {
+		args := []string{s.cfg.Install.program(ProgramServerApp), "--insecure", "--superlink", s.api}
+		return s.runProgram(ctx, ProgramServerApp, append(append(args, s.args...), s.cfg.AppDir))
+	}
+	if len(s.args) > 0 {
+		return s.flwrRun(ctx)
+	}
+	fab, err := s.fab()
+	if err != nil {
+		return err
+	}
+	run, err := s.control.startRun(ctx, fab.content, fab.hash, s.over)
+	refused, isRefusal := errors.AsType[*callError](err)
+	switch {
+	case err == nil:
+	case errors.Is(err, errNotOffered):
+		s.party.events.emit(Event{Kind: Warning, Message: "the superlink does not know the call that starts a run; using `flwr run`"})
+		return s.flwrRun(ctx)
+	case ctx.Err() != nil:
+		return ctxError(ctx, "start the run")
+	case s.linkDied():
+		return s.Failure()
+	case isRefusal:
+		return problem.New(problem.AppInvalid, "see the end of "+SuperlinkLog, "the superlink refused the app: %s", refused.msg)
+	default:
+		return problem.Wrap(err, problem.ProgramFailed, "see the end of "+SuperlinkLog, "the run could not be started")
+	}
+	return s.watch(ctx, run)
+}
+
+// linkDied gives the superlink a moment to be seen dead: a call fails before its end is known.
+func (s *Server) linkDied() bool {
+	select {
+	case <-s.done:
+		return true
+	case <-time.After(time.Second):
+		return false
+	}
+}
+
+// runProgram runs a server app that is a program of its own.
+func (s *Server) runProgram(ctx context.Context, name string, args []string) error {
+	log := newParser(name)
+	app, err := s.party.start(name, ServerAppLog, prefixServerApp, args, func(line string) { s.handle(log.line(line)) })
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	stopping := s.stopping
+	s.app = app
+	s.mu.Unlock()
+	if stopping {
+		app.Stop(0)
+	}
+	s.wait.Go(func() {
+		<-app.Done()
+		s.handle(log.end())
+		s.party.ended(name, app)
+	})
+	select {
+	case <-app.Done():
+	case <-ctx.Done():
+		return ctxError(ctx, "run the server app")
+	case <-s.done:
+		if err := s.Failure(); err != nil {
+			return err
+		}
+		<-app.Done()
+	}
+	exit := app.Exit()
+	if exit.OK() {
+		return nil
+	}
+	return s.appError(exit.String(), ServerAppLog, app.Tail(20), exit)
+}
+
+// appError is the problem of a server app that did not end well.
+func (s *Server) appError(how, log string, tail []string, exit proc.Exit) error {
+	s.mu.Lock()
+	last := s.lastApp
+	s.mu.Unlock()
+	e := problem.New(problem.AppError, "correct the app; the traceback is in "+log, "the server app failed (%s)%s", how, lastWords(tail))
+	switch {
+	case exit.OOM:
+		e.Code, e.Next = problem.OutOfMemory, "give the machine more memory, or the app less work at a time"
+	case last != nil:
+		e.Msg = "the server app raised " + last.exception
+	}
+	e.Log = log
+	return e
+}
+
+// flwrRun starts the run by `flwr run`, for options that only it has, and then watches it.
+func (s *Server) flwrRun(ctx context.Context) error {
+	if err := s.connect(); err != nil {
+		return err
+	}
+	args := []string{s.cfg.Install.program("flwr"), "run"}
+	for k, v := range s.over {
+		args = append(args, "--run-config", k+"="+tomlValue(v))
+	}
+	args = append(args, s.args...)
+	args = append(args, s.cfg.AppDir, connection)
+	if err := s.runProgram(ctx, ProgramFlwrRun, args); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	run := s.linkLog.run
+	s.mu.Unlock()
+	if run == 0 {
+		run = firstRun
+	}
+	return s.watch(ctx, run)
+}
+
+const (
+	connection = "pergola" // the name of the superlink in Flower's configuration
+	firstRun   = 0
+)
+
+// connect tells `flwr run` where the superlink is: by $FLWR_HOME/config.toml (1.26 and on), and by the
+// staged app's [tool.flwr.federations] before that.
+func (s *Server) connect() error {
+	config := fmt.Sprintf("[superlink]\ndefault = %q\n[superlink.%s]\naddress = %q\ninsecure = true\n", connection, connection, s.api)
+	if err := os.WriteFile(filepath.Join(s.cfg.FlwrHome, "config.toml"), []byte(config), 0o600); err != nil {
+		return problem.Wrap(err, codeOf(err), "make room", "Flower's configuration cannot be written")
+	}
+	if s.cfg.Install.Caps.Generation >= GenRuntime {
+		return nil
+	}
+	major, minor, ok := releaseOf(s.cfg.Install.Version)
+	if ok && (major > 1 || minor >= 26) {
+		return nil
+	}
+	path := filepath.Join(s.cfg.AppDir, "pyproject.toml")
+	raw, err := readText(path)
+	if err != nil {
+		return problem.Wrap(err, problem.AppInvalid, "stage the app first", "the staged app has no pyproject.toml")
+	}
+	var doc map[string]any
+	if err := toml.Unmarshal(raw, &doc); err != nil {
+		return tomlProblem(path, err)
+	}
+	var changed bool
+	flwr := table(table(doc, "tool", &changed), "flwr", &changed)
+	flwr["federations"] = map[string]any{"default": connection, connection: map[string]any{"address": s.api, "insecure": true}}
+	return writePyproject(s.cfg.AppDir, doc)
+}
+
+// statusPause is the time between two questions for a run's state.
+const statusPause = 250 * time.Millisecond
+
+// watch waits for a run's end.
+func (s *Server) watch(ctx context.Context, run uint64) error {
+	s.mu.Lock()
+	s.run = run
+	s.mu.Unlock()
+	tick := time.NewTicker(statusPause)
+	defer tick.Stop()
+	for failures := 0; ; {
+		st, err := s.control.state(ctx, run)
+		switch {
+		case err == nil:
+			failures = 0
+			if st.status == statusFinished {
+				return s.verdict(st)
+			}
+		case ctx.Err() != nil:
+			return ctxError(ctx, "run the server app")
+		default:
+			if failures++; failures > 20 {
+				return problem.Wrap(err, problem.ProgramFailed, "see the end of "+SuperlinkLog, "the superlink does not tell the state of the run")
+			}
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return ctxError(ctx, "run the server app")
+		case <-s.done:
+			if err := s.Failure(); err != nil {
+				return err
+			}
+			return problem.New(problem.ProgramFailed, "", "the superlink was stopped before the run ended")
+		}
+	}
+}
+
+// verdict is what a finished run's state means.
+func (s *Server) verdict(st runStatus) error {
+	if st.sub == subCompleted {
+		return nil
+	}
+	how := st.status + ":" + st.sub
+	if st.details != "" {
+		how += ", " + st.details
+	}
+	return s.appError(how, SuperlinkLog, s.link.Tail(20), proc.Exit{})
+}
