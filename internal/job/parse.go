@@ -93,10 +93,7 @@ func (p *specReader) line(key []string) int {
 	return 1
 }
 
-var (
-	durationType = reflect.TypeFor[Duration]()
-	siteType     = reflect.TypeFor[Site]()
-)
+var durationType = reflect.TypeFor[Duration]()
 
 func (p *specReader) table(at []string, table map[string]any, dst reflect.Value) {
 	fields := map[string]reflect.Value{}
@@ -111,9 +108,11 @@ func (p *specReader) table(at []string, table map[string]any, dst reflect.Value)
 			p.value(key, table[k], f)
 			continue
 		}
-		if sub, ok := table[k].(map[string]any); ok && dst.Type() == siteType && len(at) == 1 {
-			p.site(key, sub, dst.Addr().Interface().(*Site))
-			continue
+		if sub, ok := table[k].(map[string]any); ok && len(at) == 1 { // a site's own table has no sites
+			if all, ok := dst.Addr().Interface().(*Site); ok {
+				p.site(key, sub, all)
+				continue
+			}
 		}
 		known := slices.Sorted(maps.Keys(fields))
 		p.fault(key, "there is no such key"+problem.DidYouMean(k, known), "the keys here are "+strings.Join(known, ", "))
