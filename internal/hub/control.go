@@ -1,0 +1,482 @@
+package hub
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/runner"
+)
+
+// How long a job waits for its parties while it ends. A runner gives its programs runner.Grace and is ended by its starter
+// 15 s later; together with what a site's loss takes to be noticed that stays below a minute.
+const (
+	stopPatience  = runner.Grace + 25*time.Second
+	leavePatience = 10 * time.Second // for the sites to take their leave after a good run, before the superlink goes
+)
+
+// control sees one job to its end. What it does follows from the stored state and the clock; it may be stopped and made
+// anew at any time.
+type control struct {
+	hub *Hub
+	id  job.ID
+
+	want   *runner.Want  // of the hub's own party
+	runner chan struct{} // closed when the hub's party is over; nil before its start
+	cursor int64         // the last event that was looked at
+	moved  time.Time     // the last event that shows progress
+	prep   time.Time     // the last event that shows progress of the preparation
+	over   bool          // the app has finished
+	ending time.Time     // since when the job is stopping
+
+	mu     sync.Mutex // guards the rest
+	kill   bool
+	forced *job.Cause // the end that is decided but could not be stored
+	failed bool       // that storing it failed, too
+}
+
+func newControl(h *Hub, id job.ID) *control {
+	return &control{hub: h, id: id, want: runner.NewWant()}
+}
+
+func (c *control) killNow() {
+	c.mu.Lock()
+	c.kill = true
+	c.mu.Unlock()
+	c.want.Set(pb.Desired_DESIRED_KILL, 0)
+}
+
+func (c *control) killing() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.kill
+}
+
+// unstorable gives the cause of an end that could not be stored.
+func (c *control) unstorable() *job.Cause {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.failed {
+		return c.forced
+	}
+	return nil
+}
+
+// run goes on until the job is over, or the hub ends.
+func (c *control) run(ctx context.Context) {
+	wake, cancel := c.hub.db.Subscribe(c.id)
+	defer cancel()
+	sites, cancel2 := c.hub.changed.Subscribe("")
+	defer cancel2()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	var failures int
+	for {
+		over, next, err := c.step(ctx, &wg)
+		if over {
+			return
+		}
+		if err != nil {
+			if ctx.Err() != nil {
+				return
+			}
+			failures++
+			next = c.trouble(err, failures)
+		} else {
+			failures = 0
+		}
+		t := time.NewTimer(next)
+		select {
+		case <-wake:
+		case <-sites:
+		case <-t.C:
+		case <-c.runner: // nil until there is one
+			c.runner = nil
+		case <-ctx.Done():
+			t.Stop()
+			return
+		}
+		t.Stop()
+	}
+}
+
+// trouble deals with a step that failed, and says when to try again.
+func (c *control) trouble(err error, failures int) time.Duration {
+	c.hub.log.Error("a job cannot be moved on", "job", c.id, "err", err)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if problem.CodeOf(err) == problem.DiskFull {
+		c.hub.makeRoom()
+		if c.forced == nil {
+			p := problem.New(problem.DiskFull, "make room on that disk, or choose another", "no space is left where the hub keeps its jobs (%s)", c.hub.dir)
+			p.Party = job.HubParty
+			c.forced = p
+		}
+		if failures > 5 {
+			c.failed = true
+			c.want.Set(pb.Desired_DESIRED_KILL, 0)
+		}
+	}
+	return min(time.Duration(failures)*100*time.Millisecond, 2*time.Second)
+}
+
+// step looks at the job once and does what is due. Next is when to look again if nothing happens before.
+func (c *control) step(ctx context.Context, wg *sync.WaitGroup) (over bool, next time.Duration, err error) {
+	j, err := c.hub.db.Job(ctx, c.id)
+	if err != nil {
+		return false, 0, err
+	}
+	if j.State.Terminal() {
+		return true, 0, nil
+	}
+	ps, err := c.hub.db.Parties(ctx, c.id)
+	if err != nil {
+		return false, 0, err
+	}
+	if err := c.read(ctx); err != nil {
+		return false, 0, err
+	}
+	c.mu.Lock()
+	forced := c.forced
+	c.mu.Unlock()
+	if forced != nil && j.State != job.Stopping {
+		return false, 0, c.hub.stop(ctx, j, forced)
+	}
+	now := time.Now()
+	due := deadlines{now: now, next: time.Minute}
+	switch j.State {
+	case job.Submitted, job.Waiting:
+		return false, 0, c.hub.db.Move(ctx, j.ID, job.Queued, nil, "waiting for a look at the sites", now)
+	case job.Queued:
+		err = c.queued(ctx, j, &due)
+	case job.Preparing, job.Running:
+		if c.runner == nil && !hubParty(ps).State.Terminal() {
+			if err := c.startHub(ctx, wg, j); err != nil {
+				return false, 0, c.hub.stop(ctx, j, problem.From(err))
+			}
+		}
+		err = c.active(ctx, j, ps, &due)
+	case job.Stopping:
+		err = c.stopping(ctx, j, ps, &due)
+	}
+	return false, due.next, err
+}
+
+// deadlines collects when something is due.
+type deadlines struct {
+	now  time.Time
+	next time.Duration
+}
+
+// passed tells whether at + d is over; if not, the controller looks again when it is. No d, no deadline.
+func (l *deadlines) passed(at time.Time, d time.Duration) bool {
+	if d <= 0 {
+		return false
+	}
+	left := at.Add(d).Sub(l.now)
+	if left <= 0 {
+		return true
+	}
+	l.next = min(l.next, left)
+	return false
+}
+
+func hubParty(ps []job.Party) job.Party {
+	for _, p := range ps {
+		if p.Name == job.HubParty {
+			return p
+		}
+	}
+	return job.Party{}
+}
+
+// read takes in the events since the last look.
+func (c *control) read(ctx context.Context) error {
+	for {
+		es, err := c.hub.db.Events(ctx, c.id, c.cursor, 500)
+		if err != nil {
+			return err
+		}
+		for _, e := range es {
+			c.cursor = e.Seq
+			c.over = c.over || runner.IsRunOver(e)
+			switch e.Kind {
+			case job.KindWarning, job.KindNote:
+			case job.KindEnvProgress, job.KindPartyState:
+				c.prep = e.At
+				c.moved = e.At
+			default:
+				c.moved = e.At
+			}
+		}
+		if len(es) < 500 {
+			return nil
+		}
+	}
+}
+
+// queued starts the job when its sites are there.
+func (c *control) queued(ctx context.Context, j job.Job, due *deadlines) error {
+	var missing []string
+	for _, s := range j.Spec.Sites {
+		if _, ok := c.hub.away(s); !ok {
+			missing = append(missing, s)
+		}
+	}
+	there := len(j.Spec.Sites) - len(missing)
+	late := due.passed(j.Created, j.Spec.StartTimeout.Std())
+	if len(missing) == 0 || late && there >= j.Spec.Need(len(j.Spec.Sites)) {
+		return c.hub.db.Move(ctx, j.ID, job.Preparing, nil, "", due.now)
+	}
+	if late {
+		cause := problem.New(problem.StartTimeout, "check that the agents of these sites run and reach the hub", "%s did not connect within %s", strings.Join(missing, ", "), j.Spec.StartTimeout)
+		cause.Party = missing[0]
+		return c.hub.stop(ctx, j, cause)
+	}
+	return c.hub.db.SetReason(ctx, j.ID, "waiting for "+strings.Join(missing, ", ")+" to connect")
+}
+
+// active looks after a job whose programs start or run.
+func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *deadlines) error {
+	if due.passed(j.Started, j.Spec.Deadline.Std()) {
+		return c.hub.stop(ctx, j, problem.New(problem.Deadline, "give it more with --deadline, or find out what takes so long", "the job was not finished within its deadline of %s", j.Spec.Deadline))
+	}
+	var ready, alive int
+	var waiting []string
+	var fail *job.Cause
+	for _, p := range ps {
+		cause, err := c.look(ctx, j, p, due)
+		if err != nil {
+			return err
+		}
+		if cause != nil {
+			if p.Name == job.HubParty {
+				return c.hub.stop(ctx, j, cause)
+			}
+			if fail == nil {
+				fail = cause
+			}
+			continue
+		}
+		if p.Name == job.HubParty {
+			continue
+		}
+		alive++
+		if p.State == job.PartyReady || p.State == job.PartyRunning {
+			ready++
+		} else {
+			waiting = append(waiting, p.Name)
+		}
+	}
+	// A job goes on without a site only where it says so (min-sites), and then with a note.
+	if fail != nil && alive < j.Spec.Need(len(j.Spec.Sites)) {
+		return c.hub.stop(ctx, j, fail)
+	}
+	if c.over {
+		return c.hub.stop(ctx, j, nil)
+	}
+	hub := hubParty(ps)
+	switch {
+	case j.State == job.Preparing && hub.State == job.PartyRunning:
+		return c.hub.db.Move(ctx, j.ID, job.Running, nil, "", due.now)
+	case j.State == job.Preparing:
+		from := j.Started
+		if c.prep.After(from) {
+			from = c.prep
+		}
+		late := due.passed(from, j.Spec.StartTimeout.Std())
+		if hub.State == job.PartyReady && (len(waiting) == 0 || late && ready >= j.Spec.Need(len(j.Spec.Sites))) {
+			c.want.Set(pb.Desired_DESIRED_RUN, ready)
+		} else if late {
+			who := waiting
+			if hub.State != job.PartyReady {
+				who = append([]string{job.HubParty}, who...)
+			}
+			cause := problem.New(problem.StartTimeout, "look into the logs of these parties", "%s not ready within %s", strings.Join(who, ", "), j.Spec.StartTimeout)
+			cause.Party = who[0]
+			return c.hub.stop(ctx, j, cause)
+		}
+	case due.passed(c.moved, j.Spec.NoProgress.Std()):
+		return c.hub.stop(ctx, j, problem.New(problem.NoProgress, "find out which client hangs from the logs' last lines, or allow more with no-progress", "no round, message or line of output came for %s", j.Spec.NoProgress))
+	}
+	return nil
+}
+
+// look tells whether a party has failed, by its own word or by its absence.
+func (c *control) look(ctx context.Context, j job.Job, p job.Party, due *deadlines) (*job.Cause, error) {
+	if p.State == job.PartyFailed {
+		cause := *problem.From(errors.New("unknown"))
+		if p.Cause != nil {
+			cause = *p.Cause
+		}
+		if cause.Party == "" {
+			cause.Party = p.Name
+		}
+		return &cause, nil
+	}
+	if p.State == job.PartyDone {
+		if p.Name == job.HubParty {
+			return nil, nil // after its run, or on its way out: c.over decides
+		}
+		return &job.Cause{Code: problem.ProgramFailed, Party: p.Name, Msg: p.Name + " ended its part before the job was over", Next: "look into its client_app_log.txt"}, nil
+	}
+	if p.Name == job.HubParty {
+		return nil, nil
+	}
+	since, ok := c.hub.away(p.Name)
+	if ok {
+		return nil, nil
+	}
+	if since.IsZero() {
+		since = j.Started // not seen since the hub itself started
+	}
+	if !due.passed(since, c.hub.conf.SiteGrace.Std()) {
+		return nil, nil
+	}
+	cause := problem.New(problem.SiteLost, "check the agent at that site, and its network", "the agent of %s went away and did not come back within %s", p.Name, c.hub.conf.SiteGrace)
+	cause.Party = p.Name
+	return cause, c.hub.db.MoveParty(ctx, j.ID, p.Name, job.PartyFailed, cause, "", due.now)
+}
+
+// stopping waits for the parties, and settles the job.
+func (c *control) stopping(ctx context.Context, j job.Job, ps []job.Party, due *deadlines) error {
+	if c.ending.IsZero() {
+		c.ending = due.now
+		c.hub.changed.Wake("")
+	}
+	var sites, all []string
+	for _, p := range ps {
+		if p.State.Terminal() {
+			continue
+		}
+		if _, ok := c.hub.away(p.Name); !ok && p.Name != job.HubParty {
+			// Nobody is there to say so: what its runner has left is ended when its agent comes back.
+			if err := c.settle(ctx, j, p, due.now); err != nil {
+				return err
+			}
+			continue
+		}
+		if p.Name == job.HubParty && c.runner == nil {
+			// No runner of this hub's: it was never started, or has died.
+			if err := c.settle(ctx, j, p, due.now); err != nil {
+				return err
+			}
+			continue
+		}
+		all = append(all, p.Name)
+		if p.Name != job.HubParty {
+			sites = append(sites, p.Name)
+		}
+	}
+	// After a good run the supernodes leave first, so that they can say so to the superlink.
+	if j.Cause != nil || len(sites) == 0 || due.passed(c.ending, leavePatience) {
+		if !c.killing() {
+			c.want.Set(pb.Desired_DESIRED_STOP, 0)
+		}
+	}
+	if len(all) == 0 {
+		return c.hub.db.Move(ctx, j.ID, j.State.Outcome(j.Cause), j.Cause, "", due.now)
+	}
+	if due.passed(c.ending, stopPatience) {
+		for _, p := range ps {
+			if !p.State.Terminal() {
+				if err := c.settle(ctx, j, p, due.now); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	return nil
+}
+
+// settle ends a party that does not speak for itself.
+func (c *control) settle(ctx context.Context, j job.Job, p job.Party, now time.Time) error {
+	to, reason := job.PartyDone, "ended with the job"
+	if p.State == job.PartyAbsent {
+		reason = "was never started"
+	}
+	return ignoreMoved(c.hub.db.MoveParty(ctx, j.ID, p.Name, to, nil, reason, now))
+}
+
+// startHub starts the hub's runner of the job, or finds the one that an earlier hub started.
+func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job) error {
+	dir := c.hub.partyDir(c.id)
+	mark := c.hub.conf.Mark + "-" + string(c.id) + "-" + job.HubParty
+	hd, err := runner.Attach(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return diskProblem(err)
+		}
+		hd, err = runner.Start(dir, runner.Spec{
+			Job: c.id, Party: job.HubParty, Count: len(j.Spec.Sites), Spec: j.Spec,
+			Bundle: c.hub.bundleDir(j.Bundle), Logs: c.hub.logDir(c.id, job.HubParty), Results: filepath.Join(c.hub.jobDir(c.id), "results"),
+			Cache: c.hub.conf.Cache, Python: c.hub.conf.Python, Existing: c.hub.conf.Existing, Mark: mark,
+		})
+	}
+	if err != nil {
+		return diskProblem(fmt.Errorf("start the hub's runner: %w", err))
+	}
+	seq, err := c.hub.db.PartySeq(ctx, c.id, job.HubParty)
+	if err != nil {
+		return err
+	}
+	gone := make(chan struct{})
+	c.runner = gone
+	wg.Go(func() {
+		defer close(gone)
+		err := hd.Keep(ctx, seq, mark, c.want, func(e runner.Entry) error { return c.record(ctx, e) })
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		cause := problem.Wrap(err, problem.HubRunnerDied, "submit the job again; the runner's own output is in "+filepath.Join(dir, "runner.log"), "the hub's runner of the job ended unexpectedly")
+		cause.Party = job.HubParty
+		c.fail(ctx, cause)
+	})
+	return nil
+}
+
+// record stores an entry of the hub's runner, as long as it takes: a store that is down is no reason to lose it. A disk
+// that is full is one to end the job.
+func (c *control) record(ctx context.Context, e runner.Entry) error {
+	for n := 1; ; n++ {
+		err := c.hub.record(ctx, e)
+		if err == nil || ctx.Err() != nil {
+			return ctx.Err()
+		}
+		if problem.CodeOf(err) == problem.Usage || problem.CodeOf(err) == problem.Denied {
+			return err
+		}
+		wait := c.trouble(err, n)
+		if c.unstorable() != nil {
+			return nil
+		}
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// fail stores the failure of the hub's own party.
+func (c *control) fail(ctx context.Context, cause *job.Cause) {
+	for n := 1; ctx.Err() == nil; n++ {
+		err := ignoreMoved(c.hub.db.MoveParty(ctx, c.id, job.HubParty, job.PartyFailed, cause, "", time.Now()))
+		if err == nil || c.unstorable() != nil {
+			return
+		}
+		select {
+		case <-time.After(c.trouble(err, n)):
+		case <-ctx.Done():
+		}
+	}
+}

@@ -1,0 +1,319 @@
+// Package hub is the one public process: it takes sites and users on one TLS port, keeps the jobs, and sees each job to
+// its end. Control is level-triggered: what each party should be doing follows from the stored state, and agents and
+// runners are told that until they do it, so nothing depends on a message that may get lost.
+//
+// It runs none of Flower's programs (its runner process per job does) and looks into no link (it splices bytes). Start
+// with [Open] and [Hub.Run].
+package hub
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/pergolafl/pergola/internal/api"
+	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/link"
+	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/pyenv"
+	"github.com/pergolafl/pergola/internal/store"
+	"github.com/pergolafl/pergola/internal/store/sqlite"
+)
+
+// ConfigFile is the configuration's name in the hub's directory.
+const ConfigFile = "hub.toml"
+
+// Config is a hub's hub.toml.
+type Config struct {
+	Listen    string       `toml:"listen"`     // host:port of the one port; port 0 = any free one
+	Sites     []string     `toml:"sites"`      // enrolled sites
+	Python    string       `toml:"python"`     // interpreter for the hub's side of jobs; "" = the best of PATH
+	Existing  bool         `toml:"existing"`   // use Python as it is, build no environments
+	Cache     string       `toml:"cache"`      // environments; "" = the user's cache folder
+	SiteGrace job.Duration `toml:"site-grace"` // how long a site's agent may be away in a job; default 45s
+	Mark      string       `toml:"mark"`       // begins the marks of this hub's programs; default "hub"
+}
+
+// defaultSiteGrace leaves 15 s of the minute within which a job ends after the event that ends it.
+const defaultSiteGrace = job.Duration(45 * time.Second)
+
+// ballastBytes are set aside so that the ends of jobs can be stored on a disk that is full.
+const ballastBytes = 1 << 20
+
+// Hub is a running hub.
+type Hub struct {
+	dir  string
+	conf Config
+	log  *slog.Logger
+	db   *sqlite.DB
+	auth *pki.Authority
+	tls  *tls.Config
+
+	changed store.Fanout // sites that came and went, under the job id ""
+
+	mu    sync.Mutex // guards the rest
+	sites map[string]*siteState
+	jobs  map[job.ID]*control
+}
+
+// siteState is what the hub knows of a site's agent.
+type siteState struct {
+	conns int       // WatchDesired streams
+	since time.Time // when that became zero, or more than zero
+}
+
+// Open reads dir/hub.toml, the authority (ca.crt, ca.key) and the hub's key pair (hub.crt, hub.key) and opens the store.
+func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	h := &Hub{dir: dir, log: log, sites: map[string]*siteState{}, jobs: map[job.ID]*control{}}
+	if err := readTOML(filepath.Join(dir, ConfigFile), &h.conf); err != nil {
+		return nil, err
+	}
+	if err := h.conf.check(); err != nil {
+		return nil, err
+	}
+	if h.auth, err = pki.LoadAuthority(dir); err != nil {
+		return nil, err
+	}
+	pair, err := pki.LoadKeypair(dir, "hub")
+	if err != nil {
+		return nil, err
+	}
+	cert, err := pair.Certificate()
+	if err != nil {
+		return nil, err
+	}
+	h.tls = pki.ServerTLS(cert, h.auth.Roots(), "h2", "http/1.1", link.ALPN)
+	for _, d := range []string{"jobs", "bundles"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "reserve"), make([]byte, ballastBytes), 0o600); err != nil {
+		return nil, err
+	}
+	if h.db, err = sqlite.Open(ctx, filepath.Join(dir, DatabaseFile)); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// DatabaseFile is the store's name in the hub's directory.
+const DatabaseFile = "pergola.db"
+
+func readTOML(path string, into any) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return problem.Wrap(err, problem.Usage, "", "cannot read the configuration")
+	}
+	defer f.Close()
+	if err := toml.NewDecoder(f).DisallowUnknownFields().Decode(into); err != nil {
+		detail := err.Error()
+		if s, ok := errors.AsType[*toml.StrictMissingError](err); ok {
+			detail = "unknown key\n" + s.String()
+		} else if d, ok := errors.AsType[*toml.DecodeError](err); ok {
+			row, _ := d.Position()
+			detail = fmt.Sprintf("line %d: %s", row, d.Error())
+		}
+		return problem.New(problem.Usage, "correct that line", "%s: %s", path, detail)
+	}
+	return nil
+}
+
+func (c *Config) check() error {
+	if c.Listen == "" {
+		c.Listen = ":443"
+	}
+	if c.SiteGrace == 0 {
+		c.SiteGrace = defaultSiteGrace
+	}
+	if c.Cache == "" {
+		c.Cache = pyenv.DefaultCache()
+	}
+	if c.Mark == "" {
+		c.Mark = "hub"
+	}
+	for i, s := range c.Sites {
+		if err := job.CheckName("site", s); err != nil {
+			return err
+		}
+		if slices.Contains(c.Sites[:i], s) {
+			return problem.New(problem.Usage, "name it once", "site %s is listed twice", s)
+		}
+	}
+	return nil
+}
+
+// Run serves until ctx is done. Listening is called once with the address of the port.
+func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
+	defer func() {
+		if e := h.db.Close(); err == nil {
+			err = e
+		}
+	}()
+	var lc net.ListenConfig
+	ln, err := lc.Listen(ctx, "tcp", h.conf.Listen)
+	if err != nil {
+		return problem.Wrap(err, problem.Usage, "choose another with listen in hub.toml", "cannot listen on %s", h.conf.Listen)
+	}
+	srv := api.NewServer()
+	pergolav1connect.RegisterJobServiceHandler(srv, jobService{h})
+	pergolav1connect.RegisterBundleServiceHandler(srv, bundleService{h})
+	pergolav1connect.RegisterSiteServiceHandler(srv, siteService{h})
+	mux := http.NewServeMux()
+	api.Mount(mux, srv)
+	g, ctx := errgroup.WithContext(ctx)
+	p := newPort(ln, h.tls, h.log)
+	hs := &http.Server{
+		Handler: mux, TLSConfig: h.tls, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
+		ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelDebug), BaseContext: func(net.Listener) context.Context { return ctx },
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
+	}
+	g.Go(func() error { return p.run(ctx, func(c net.Conn) { h.splice(ctx, c.(*tls.Conn)) }) })
+	g.Go(func() error {
+		if err := hs.Serve(p.http); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		// Streams end with BaseContext; whoever does not take that in 2 s is cut off.
+		bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		defer cancel()
+		if err := hs.Shutdown(bye); err != nil {
+			return hs.Close()
+		}
+		return nil
+	})
+	g.Go(func() error { return h.control(ctx) })
+	listening(ln.Addr())
+	h.log.Info("the hub listens", "address", ln.Addr().String())
+	return g.Wait()
+}
+
+// control keeps a controller for each job that is not over.
+func (h *Hub) control(ctx context.Context) error {
+	wake, cancel := h.db.Subscribe("")
+	defer cancel()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		js, err := h.unfinished(ctx)
+		if err != nil && ctx.Err() == nil {
+			h.log.Error("cannot read the jobs", "err", err)
+		}
+		for _, j := range js {
+			h.mu.Lock()
+			c := h.jobs[j.ID]
+			if c == nil {
+				c = newControl(h, j.ID)
+				h.jobs[j.ID] = c
+				wg.Go(func() {
+					c.run(ctx)
+					h.mu.Lock()
+					delete(h.jobs, c.id)
+					h.mu.Unlock()
+				})
+			}
+			h.mu.Unlock()
+		}
+		select {
+		case <-wake:
+		case <-time.After(5 * time.Second): // a job whose controller gave up over a store that was down gets another
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// unfinished gives the jobs that are not over.
+func (h *Hub) unfinished(ctx context.Context) ([]job.Job, error) {
+	var states []job.State
+	for _, s := range job.States() {
+		if !s.Terminal() {
+			states = append(states, s)
+		}
+	}
+	var out []job.Job
+	f := store.Filter{States: states, Limit: 500}
+	for {
+		js, err := h.db.Jobs(ctx, f)
+		if err != nil {
+			return out, err
+		}
+		out = append(out, js...)
+		if len(js) < f.Limit {
+			return out, nil
+		}
+		f.After = js[len(js)-1].ID
+	}
+}
+
+// siteUp and siteDown count a site's agents.
+func (h *Hub) siteUp(name string) {
+	h.mu.Lock()
+	s := h.sites[name]
+	if s == nil {
+		s = &siteState{}
+		h.sites[name] = s
+	}
+	s.conns++
+	if s.conns == 1 {
+		s.since = time.Now()
+	}
+	h.mu.Unlock()
+	h.log.Info("a site is connected", "site", name)
+	h.changed.Wake("")
+}
+
+func (h *Hub) siteDown(name string) {
+	h.mu.Lock()
+	s := h.sites[name]
+	s.conns--
+	if s.conns == 0 {
+		s.since = time.Now()
+	}
+	h.mu.Unlock()
+	h.log.Info("a site's connection ended", "site", name)
+	h.changed.Wake("")
+}
+
+// away tells since when a site's agent is away; ok means that it is connected.
+func (h *Hub) away(name string) (since time.Time, ok bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	s := h.sites[name]
+	if s == nil {
+		return time.Time{}, false
+	}
+	return s.since, s.conns > 0
+}
+
+func (h *Hub) jobDir(id job.ID) string           { return filepath.Join(h.dir, "jobs", string(id)) }
+func (h *Hub) partyDir(id job.ID) string         { return filepath.Join(h.jobDir(id), "party") }
+func (h *Hub) logDir(id job.ID, p string) string { return filepath.Join(h.jobDir(id), "logs", p) }
+func (h *Hub) bundlePath(digest string) string {
+	return filepath.Join(h.dir, "bundles", hexOf(digest)+".tar.zst")
+}
+func (h *Hub) bundleDir(digest string) string { return filepath.Join(h.dir, "bundles", hexOf(digest)) }
+
+// makeRoom gives up the reserve on a full disk; it tells whether there was one.
+func (h *Hub) makeRoom() bool { return os.Remove(filepath.Join(h.dir, "reserve")) == nil }

@@ -1,0 +1,165 @@
+package hub
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/link"
+	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/runner"
+	"github.com/pergolafl/pergola/internal/sock"
+)
+
+// Limits on connections that have not said who they are.
+const (
+	maxHandshakes    = 512
+	handshakeTimeout = 10 * time.Second
+)
+
+// port is the one listener: it does the handshakes and tells links from the API by what ALPN agreed on.
+type port struct {
+	ln   net.Listener
+	conf *tls.Config
+	log  *slog.Logger
+	http *connListener
+	busy chan struct{} // one token for each handshake under way
+}
+
+func newPort(ln net.Listener, conf *tls.Config, log *slog.Logger) *port {
+	return &port{
+		ln: ln, conf: conf, log: log, busy: make(chan struct{}, maxHandshakes),
+		http: &connListener{addr: ln.Addr(), conns: make(chan net.Conn), closed: make(chan struct{})},
+	}
+}
+
+// run accepts until ctx is done, and returns when all links have ended.
+func (p *port) run(ctx context.Context, onLink func(net.Conn)) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	stop := context.AfterFunc(ctx, func() { p.ln.Close() })
+	defer stop()
+	for {
+		// A full house makes newcomers wait in the kernel's queue.
+		select {
+		case p.busy <- struct{}{}:
+		case <-ctx.Done():
+			return nil
+		}
+		c, err := p.ln.Accept()
+		if err != nil {
+			<-p.busy
+			if ctx.Err() != nil {
+				return nil
+			}
+			if ne, ok := errors.AsType[net.Error](err); ok && ne.Timeout() {
+				continue
+			}
+			if isShortage(err) {
+				p.log.Error("no more connections can be taken", "err", err)
+				select {
+				case <-time.After(100 * time.Millisecond): // descriptors come back when others close
+				case <-ctx.Done():
+				}
+				continue
+			}
+			return err
+		}
+		wg.Go(func() {
+			tc := tls.Server(c, p.conf)
+			hs, cancel := context.WithTimeout(ctx, handshakeTimeout)
+			err := tc.HandshakeContext(hs)
+			cancel()
+			<-p.busy
+			if err != nil {
+				p.log.Debug("a handshake failed", "from", c.RemoteAddr().String(), "err", err)
+				c.Close()
+				return
+			}
+			if tc.ConnectionState().NegotiatedProtocol == link.ALPN {
+				onLink(tc)
+				return
+			}
+			p.http.give(ctx, tc)
+		})
+	}
+}
+
+// connListener hands connections that are accepted elsewhere to an http.Server.
+type connListener struct {
+	addr   net.Addr
+	conns  chan net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (l *connListener) give(ctx context.Context, c net.Conn) {
+	select {
+	case l.conns <- c:
+	case <-l.closed:
+		c.Close()
+	case <-ctx.Done():
+		c.Close()
+	}
+}
+
+func (l *connListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *connListener) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
+func (l *connListener) Addr() net.Addr { return l.addr }
+
+// splice joins a site runner's link with the job's runner on this side.
+func (h *Hub) splice(ctx context.Context, c *tls.Conn) {
+	defer c.Close()
+	id, err := pki.Expect(c.ConnectionState(), pki.KindParty)
+	if err != nil {
+		h.log.Warn("a link was refused", "from", c.RemoteAddr().String(), "err", err)
+		return
+	}
+	jid, err := job.ParseID(id.Job)
+	if err == nil {
+		err = h.mayLink(ctx, jid, id.Name)
+	}
+	if err != nil {
+		h.log.Warn("a link was refused", "identity", id.String(), "err", err)
+		return
+	}
+	up, err := sock.Dial(ctx, runner.LinkSocket(h.partyDir(jid)))
+	if err != nil {
+		h.log.Info("a link came before the job's runner was there", "identity", id.String(), "err", err)
+		return
+	}
+	if err := link.WritePreface(up, link.Peer{Job: id.Job, Site: id.Name}); err != nil {
+		up.Close()
+		h.log.Warn("a link could not be handed on", "identity", id.String(), "err", err)
+		return
+	}
+	if err := link.Splice(ctx, c, up); err != nil && ctx.Err() == nil {
+		h.log.Info("a link broke", "identity", id.String(), "err", err)
+	}
+}
+
+// mayLink tells whether a site has a living part in a job.
+func (h *Hub) mayLink(ctx context.Context, id job.ID, site string) error {
+	j, err := h.db.Job(ctx, id)
+	if err != nil {
+		return err
+	}
+	return h.hasPart(ctx, j, site)
+}

@@ -1,0 +1,617 @@
+package hub
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"connectrpc.com/connect/v2/connecthttp"
+
+	"github.com/pergolafl/pergola/internal/api"
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
+	"github.com/pergolafl/pergola/internal/bundle"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/logs"
+	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/runner"
+	"github.com/pergolafl/pergola/internal/store"
+)
+
+// caller gives who calls, if that is one of kinds.
+func caller(ctx context.Context, kinds ...pki.Kind) (pki.Identity, error) {
+	info, ok := connecthttp.ServerInfoForContext(ctx)
+	if !ok || info.TLS() == nil {
+		return pki.Identity{}, problem.New(problem.Denied, "", "the call came without TLS")
+	}
+	return pki.Expect(*info.TLS(), kinds...)
+}
+
+var digestForm = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
+
+func checkDigest(d string) error {
+	if !digestForm.MatchString(d) {
+		return problem.New(problem.Usage, "", "%q is not a digest (sha256: and 64 hexadecimal digits)", d)
+	}
+	return nil
+}
+
+func hexOf(digest string) string { return strings.TrimPrefix(digest, "sha256:") }
+
+type jobService struct{ *Hub }
+
+// SubmitJob implements the API.
+func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*pb.SubmitJobResponse, error) {
+	who, err := caller(ctx, pki.KindUser)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkDigest(req.GetBundleDigest()); err != nil {
+		return nil, err
+	}
+	if _, err := s.db.Bundle(ctx, req.GetBundleDigest()); err != nil {
+		return nil, err
+	}
+	if err := job.CheckName("job", req.GetName()); err != nil {
+		return nil, err
+	}
+	var spec job.Spec
+	dec := json.NewDecoder(strings.NewReader(req.GetSpecJson()))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&spec); err != nil {
+		return nil, problem.New(problem.Usage, "", "the job's settings cannot be read: %v", err)
+	}
+	if err := spec.Validate(); err != nil {
+		return nil, err
+	}
+	spec = spec.WithDefaults()
+	for _, n := range spec.Sites {
+		if !slices.Contains(s.conf.Sites, n) {
+			return nil, problem.New(problem.NotFound, "see the enrolled ones with ListSites", "no site is named %q%s", n, problem.DidYouMean(n, s.conf.Sites))
+		}
+	}
+	if len(spec.Sites) == 0 {
+		spec.Sites = slices.Clone(s.conf.Sites)
+	}
+	if len(spec.Sites) == 0 {
+		return nil, problem.New(problem.Usage, "enrol a site first", "the hub has no sites")
+	}
+	now := time.Now()
+	j, err := s.db.CreateJob(ctx, job.Job{ID: job.NewID(now), Name: req.GetName(), Key: req.GetKey(), Submitter: who.Name, Bundle: req.GetBundleDigest(), Spec: spec, Created: now}, spec.Sites)
+	if err != nil {
+		return nil, err
+	}
+	out, err := s.withParties(ctx, j)
+	return &pb.SubmitJobResponse{Job: out}, err
+}
+
+func (s jobService) withParties(ctx context.Context, j job.Job) (*pb.Job, error) {
+	ps, err := s.db.Parties(ctx, j.ID)
+	return api.Job(j, ps), err
+}
+
+func (s jobService) job(ctx context.Context, text string) (job.Job, error) {
+	if _, err := caller(ctx, pki.KindUser); err != nil {
+		return job.Job{}, err
+	}
+	id, err := job.ParseID(text)
+	if err != nil {
+		return job.Job{}, err
+	}
+	return s.db.Job(ctx, id)
+}
+
+// GetJob implements the API.
+func (s jobService) GetJob(ctx context.Context, req *pb.GetJobRequest) (*pb.GetJobResponse, error) {
+	j, err := s.job(ctx, req.GetId())
+	if err != nil {
+		return nil, err
+	}
+	out, err := s.withParties(ctx, j)
+	return &pb.GetJobResponse{Job: out}, err
+}
+
+// ListJobs implements the API.
+func (s jobService) ListJobs(ctx context.Context, req *pb.ListJobsRequest) (*pb.ListJobsResponse, error) {
+	if _, err := caller(ctx, pki.KindUser); err != nil {
+		return nil, err
+	}
+	f := store.Filter{Limit: min(int(req.GetLimit()), 1000), Newest: true}
+	for _, t := range req.GetStates() {
+		if !job.State(t).Known() {
+			return nil, problem.New(problem.Usage, "", "no state is called %q", t)
+		}
+		f.States = append(f.States, job.State(t))
+	}
+	if req.GetAfter() != "" {
+		id, err := job.ParseID(req.GetAfter())
+		if err != nil {
+			return nil, err
+		}
+		f.After = id
+	}
+	js, err := s.db.Jobs(ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	out := &pb.ListJobsResponse{}
+	for _, j := range js {
+		p, err := s.withParties(ctx, j)
+		if err != nil {
+			return nil, err
+		}
+		out.Jobs = append(out.Jobs, p)
+	}
+	return out, nil
+}
+
+// AbortJob implements the API.
+func (s jobService) AbortJob(ctx context.Context, req *pb.AbortJobRequest) (*pb.AbortJobResponse, error) {
+	who, err := caller(ctx, pki.KindUser)
+	if err != nil {
+		return nil, err
+	}
+	j, err := s.job(ctx, req.GetId())
+	if err != nil {
+		return nil, err
+	}
+	cause := problem.New(problem.AbortedByUser, "submit it again when you want it to run", "%s aborted the job", who.Name)
+	if err := s.stop(ctx, j, cause); err != nil {
+		return nil, err
+	}
+	if req.GetNow() {
+		s.mu.Lock()
+		c := s.jobs[j.ID]
+		s.mu.Unlock()
+		if c != nil {
+			c.killNow()
+			s.changed.Wake("")
+		}
+	}
+	if j, err = s.db.Job(ctx, j.ID); err != nil {
+		return nil, err
+	}
+	out, err := s.withParties(ctx, j)
+	return &pb.AbortJobResponse{Job: out}, err
+}
+
+// stop begins a job's end for cause (nil: it is finished); a job that is ending or over stays as it is.
+func (h *Hub) stop(ctx context.Context, j job.Job, cause *job.Cause) error {
+	switch {
+	case j.State.Terminal() || j.State == job.Stopping:
+		return nil
+	case j.State.Active():
+		err := h.db.Move(ctx, j.ID, job.Stopping, cause, "", time.Now())
+		return ignoreMoved(err)
+	default: // nothing runs yet
+		return ignoreMoved(h.db.Move(ctx, j.ID, j.State.Outcome(cause), cause, "", time.Now()))
+	}
+}
+
+// ignoreMoved forgives a move that somebody else was quicker to make impossible.
+func ignoreMoved(err error) error {
+	if _, ok := errors.AsType[*store.MoveError](err); ok {
+		return nil
+	}
+	return err
+}
+
+// WatchJob implements the API.
+func (s jobService) WatchJob(ctx context.Context, req *pb.WatchJobRequest, out pergolav1connect.JobServiceWatchJobServerStream) error {
+	j, err := s.job(ctx, req.GetId())
+	if err != nil {
+		return err
+	}
+	wake, cancel := s.db.Subscribe(j.ID)
+	defer cancel()
+	after := req.GetAfter()
+	for {
+		if j, err = s.db.Job(ctx, j.ID); err != nil {
+			return err
+		}
+		// The state was read before the events, so a final state means that the last event is among them.
+		for {
+			es, err := s.db.Events(ctx, j.ID, after, 500)
+			if err != nil {
+				return err
+			}
+			for _, e := range es {
+				p, err := api.Event(e)
+				if err != nil {
+					return err
+				}
+				if err := out.Send(&pb.WatchJobResponse{Event: p}); err != nil {
+					return err
+				}
+				after = e.Seq
+			}
+			if len(es) < 500 {
+				break
+			}
+		}
+		if j.State.Terminal() {
+			return nil
+		}
+		if c := s.controller(j.ID); c != nil {
+			if p := c.unstorable(); p != nil {
+				return p // the end is decided and cannot be stored: at least who watches hears of it
+			}
+		}
+		select {
+		case <-wake:
+		case <-time.After(2 * time.Second): // for the end that cannot be stored
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+func (h *Hub) controller(id job.ID) *control {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.jobs[id]
+}
+
+// TailLogs implements the API.
+func (s jobService) TailLogs(ctx context.Context, req *pb.TailLogsRequest, out pergolav1connect.JobServiceTailLogsServerStream) error {
+	j, err := s.job(ctx, req.GetId())
+	if err != nil {
+		return err
+	}
+	ps, err := s.db.Parties(ctx, j.ID)
+	if err != nil {
+		return err
+	}
+	return s.tail(ctx, j, ps, func(c *pb.LogChunk) error { return out.Send(&pb.TailLogsResponse{Chunk: c}) })
+}
+
+// ListSites implements the API.
+func (s jobService) ListSites(ctx context.Context, _ *pb.ListSitesRequest) (*pb.ListSitesResponse, error) {
+	if _, err := caller(ctx, pki.KindUser); err != nil {
+		return nil, err
+	}
+	out := &pb.ListSitesResponse{}
+	for _, n := range s.conf.Sites {
+		_, ok := s.away(n)
+		out.Sites = append(out.Sites, &pb.Site{Name: n, Connected: ok})
+	}
+	return out, nil
+}
+
+type bundleService struct{ *Hub }
+
+// HasBundle implements the API.
+func (s bundleService) HasBundle(ctx context.Context, req *pb.HasBundleRequest) (*pb.HasBundleResponse, error) {
+	if _, err := caller(ctx, pki.KindUser, pki.KindSite); err != nil {
+		return nil, err
+	}
+	if err := checkDigest(req.GetDigest()); err != nil {
+		return nil, err
+	}
+	_, err := s.db.Bundle(ctx, req.GetDigest())
+	if problem.CodeOf(err) == problem.NotFound {
+		return &pb.HasBundleResponse{}, nil
+	}
+	return &pb.HasBundleResponse{Present: err == nil}, err
+}
+
+// maxPacked is the most bytes of a packed bundle that an upload may bring; what it unpacks to has limits of its own.
+const maxPacked = 4 << 30
+
+// UploadBundle implements the API.
+func (s bundleService) UploadBundle(ctx context.Context, in pergolav1connect.BundleServiceUploadBundleServerStream) (*pb.UploadBundleResponse, error) {
+	if _, err := caller(ctx, pki.KindUser); err != nil {
+		return nil, err
+	}
+	f, err := os.CreateTemp(filepath.Join(s.dir, "bundles"), ".upload-*")
+	if err != nil {
+		return nil, diskProblem(err)
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	var digest string
+	var size int64
+	for {
+		m, err := in.Receive()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		if digest == "" {
+			if err := checkDigest(m.GetDigest()); err != nil {
+				return nil, err
+			}
+			digest = m.GetDigest()
+		}
+		if size += int64(len(m.GetData())); size > maxPacked {
+			return nil, problem.New(problem.BundleInvalid, "leave data out of the app's directory", "a bundle may have %d bytes at most", int64(maxPacked))
+		}
+		if _, err := f.Write(m.GetData()); err != nil {
+			return nil, diskProblem(err)
+		}
+	}
+	if digest == "" {
+		return nil, problem.New(problem.Usage, "", "the upload has no digest")
+	}
+	if err := f.Sync(); err != nil {
+		return nil, diskProblem(err)
+	}
+	if _, err := f.Seek(0, io.SeekStart); err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(s.bundleDir(digest)); os.IsNotExist(err) {
+		if _, err := bundle.Extract(f, s.bundleDir(digest), digest, bundle.Limits{}); err != nil {
+			return nil, diskProblem(err)
+		}
+	}
+	if err := os.Rename(f.Name(), s.bundlePath(digest)); err != nil {
+		return nil, err
+	}
+	if err := s.db.PutBundle(ctx, digest, size, time.Now()); err != nil {
+		return nil, err
+	}
+	return &pb.UploadBundleResponse{Digest: digest, SizeBytes: size}, nil
+}
+
+func diskProblem(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		p := problem.Wrap(err, problem.DiskFull, "make room on the hub's disk", "the hub has no space left")
+		p.Party = job.HubParty
+		return p
+	}
+	return err
+}
+
+func isShortage(err error) bool {
+	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM) || errors.Is(err, syscall.ECONNABORTED)
+}
+
+// DownloadBundle implements the API.
+func (s bundleService) DownloadBundle(ctx context.Context, req *pb.DownloadBundleRequest, out pergolav1connect.BundleServiceDownloadBundleServerStream) error {
+	if _, err := caller(ctx, pki.KindUser, pki.KindSite); err != nil {
+		return err
+	}
+	if err := checkDigest(req.GetDigest()); err != nil {
+		return err
+	}
+	f, err := os.Open(s.bundlePath(req.GetDigest()))
+	if err != nil {
+		return problem.New(problem.NotFound, "upload it first", "the hub has no bundle %s", req.GetDigest())
+	}
+	defer f.Close()
+	if _, err := f.Seek(req.GetOffset(), io.SeekStart); err != nil {
+		return problem.New(problem.Usage, "", "cannot begin at byte %d", req.GetOffset())
+	}
+	buf := make([]byte, api.MaxChunk)
+	for {
+		n, err := io.ReadFull(f, buf)
+		if n > 0 {
+			if err := out.Send(&pb.DownloadBundleResponse{Data: buf[:n]}); err != nil {
+				return err
+			}
+		}
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+type siteService struct{ *Hub }
+
+// site gives the calling site, which must be enrolled.
+func (s siteService) site(ctx context.Context) (string, error) {
+	id, err := caller(ctx, pki.KindSite)
+	if err != nil {
+		return "", err
+	}
+	if !slices.Contains(s.conf.Sites, id.Name) {
+		return "", problem.New(problem.Denied, "enrol it at the hub", "site %s is not enrolled", id.Name)
+	}
+	return id.Name, nil
+}
+
+// part gives a job in which the calling site takes part.
+func (s siteService) part(ctx context.Context, text string) (job.Job, string, error) {
+	name, err := s.site(ctx)
+	if err != nil {
+		return job.Job{}, "", err
+	}
+	id, err := job.ParseID(text)
+	if err != nil {
+		return job.Job{}, "", err
+	}
+	j, err := s.db.Job(ctx, id)
+	if err != nil {
+		return job.Job{}, "", err
+	}
+	if !slices.Contains(j.Spec.Sites, name) {
+		return job.Job{}, "", problem.New(problem.Denied, "", "site %s has no part in job %s", name, id)
+	}
+	return j, name, nil
+}
+
+// hasPart tells whether a site's party in a job is alive.
+func (h *Hub) hasPart(ctx context.Context, j job.Job, site string) error {
+	ps, err := h.db.Parties(ctx, j.ID)
+	if err != nil {
+		return err
+	}
+	for _, p := range ps {
+		if p.Name == site && site != job.HubParty && !p.State.Terminal() && j.State.Active() {
+			return nil
+		}
+	}
+	return problem.New(problem.Denied, "", "site %s has no running part in job %s", site, j.ID)
+}
+
+// WatchDesired implements the API.
+func (s siteService) WatchDesired(ctx context.Context, req *pb.WatchDesiredRequest, out pergolav1connect.SiteServiceWatchDesiredServerStream) error {
+	name, err := s.site(ctx)
+	if err != nil {
+		return err
+	}
+	if req.GetProtocol() != api.Protocol {
+		return problem.New(problem.Version, "install the same version at both", "the hub speaks version %d of the control protocol, the agent of %s version %d", api.Protocol, name, req.GetProtocol())
+	}
+	wake, cancel := s.db.Subscribe("")
+	defer cancel()
+	changed, cancel2 := s.changed.Subscribe("")
+	defer cancel2()
+	s.siteUp(name)
+	defer s.siteDown(name)
+	var last string
+	for {
+		want, err := s.desired(ctx, name)
+		if err != nil {
+			return err
+		}
+		if text := fmt.Sprint(want); text != last || last == "" {
+			if err := out.Send(&pb.WatchDesiredResponse{Parties: want}); err != nil {
+				return err
+			}
+			last = text
+		}
+		select {
+		case <-wake:
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// desired is what a site should be running, as the stored jobs say. A party that is not in it is to be gone.
+func (h *Hub) desired(ctx context.Context, site string) ([]*pb.DesiredParty, error) {
+	js, err := h.unfinished(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []*pb.DesiredParty
+	for _, j := range js {
+		i := slices.Index(j.Spec.Sites, site)
+		if i < 0 || !j.State.Active() && j.State != job.Stopping {
+			continue
+		}
+		spec, err := json.Marshal(j.Spec)
+		if err != nil {
+			return nil, err
+		}
+		d := pb.Desired_DESIRED_UP
+		if j.State == job.Stopping {
+			d = pb.Desired_DESIRED_STOP
+			if c := h.controller(j.ID); c != nil && c.killing() {
+				d = pb.Desired_DESIRED_KILL
+			}
+		}
+		out = append(out, &pb.DesiredParty{JobId: string(j.ID), Desired: d, BundleDigest: j.Bundle, Index: int32(i), Count: int32(len(j.Spec.Sites)), SpecJson: string(spec)}) //nolint:gosec // numbers of sites
+	}
+	return out, nil
+}
+
+// Report implements the API.
+func (s siteService) Report(ctx context.Context, req *pb.ReportRequest) (*pb.ReportResponse, error) {
+	j, name, err := s.part(ctx, req.GetJobId())
+	if err != nil {
+		return nil, err
+	}
+	var last int64
+	for _, e := range req.GetEntries() {
+		ev, err := api.FromEvent(e.GetEvent())
+		if err != nil {
+			return nil, err
+		}
+		ev.Job, ev.Party = j.ID, name // a site speaks for itself alone
+		if err := s.record(ctx, runner.Entry{Seq: e.GetSeq(), Event: ev}); err != nil {
+			return nil, err
+		}
+		last = e.GetSeq()
+	}
+	return &pb.ReportResponse{Seq: last}, nil
+}
+
+// record stores what a runner wrote into its journal; twice is harmless.
+func (h *Hub) record(ctx context.Context, e runner.Entry) error {
+	var c job.PartyStateChange
+	if e.Event.Kind == job.KindPartyState {
+		if err := e.Event.Decode(&c); err != nil {
+			return problem.New(problem.Usage, "", "entry %d cannot be read: %v", e.Seq, err)
+		}
+		return ignoreMoved(h.db.MoveParty(ctx, e.Event.Job, e.Event.Party, c.To, c.Cause, c.Reason, time.Now()))
+	}
+	if e.Event.Kind == job.KindJobState {
+		return problem.New(problem.Denied, "", "a party does not decide the job's state")
+	}
+	_, _, err := h.db.Append(ctx, e.Event, e.Seq)
+	return err
+}
+
+// partyCertTTL is how long a site's runner may open its link again: as long as jobs are meant to last.
+const partyCertTTL = 30 * 24 * time.Hour
+
+// IssueCertificate implements the API.
+func (s siteService) IssueCertificate(ctx context.Context, req *pb.IssueCertificateRequest) (*pb.IssueCertificateResponse, error) {
+	j, name, err := s.part(ctx, req.GetJobId())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.hasPart(ctx, j, name); err != nil {
+		return nil, err
+	}
+	want := pki.Identity{Kind: pki.KindParty, Name: name, Job: string(j.ID)}
+	cert, err := s.auth.Sign([]byte(req.GetCsrPem()), func(id pki.Identity) error {
+		if id != want {
+			return problem.New(problem.Denied, "", "site %s may not be %s", name, id)
+		}
+		return nil
+	}, partyCertTTL)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.IssueCertificateResponse{CertificatePem: string(cert)}, nil
+}
+
+// GetLogOffsets implements the API.
+func (s siteService) GetLogOffsets(ctx context.Context, req *pb.GetLogOffsetsRequest) (*pb.GetLogOffsetsResponse, error) {
+	j, name, err := s.part(ctx, req.GetJobId())
+	if err != nil {
+		return nil, err
+	}
+	m, err := logs.Sizes(s.logDir(j.ID, name))
+	return &pb.GetLogOffsetsResponse{Offsets: m}, err
+}
+
+// PushLogs implements the API.
+func (s siteService) PushLogs(ctx context.Context, req *pb.PushLogsRequest) (*pb.PushLogsResponse, error) {
+	for _, c := range req.GetChunks() {
+		j, name, err := s.part(ctx, c.GetJobId())
+		if err != nil {
+			return nil, err
+		}
+		if err := logs.ValidName(c.GetFile()); err != nil {
+			return nil, problem.New(problem.Usage, "", "%v", err)
+		}
+		dir := s.logDir(j.ID, name)
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return nil, diskProblem(err)
+		}
+		if _, err := logs.Append(filepath.Join(dir, c.GetFile()), c.GetOffset(), c.GetData()); err != nil {
+			return nil, diskProblem(err)
+		}
+	}
+	return &pb.PushLogsResponse{}, nil
+}

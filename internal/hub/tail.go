@@ -1,0 +1,63 @@
+package hub
+
+import (
+	"context"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/logs"
+)
+
+// tail follows the logs of all parties until the job is over and all was sent.
+func (h *Hub) tail(ctx context.Context, j job.Job, ps []job.Party, send func(*pb.LogChunk) error) error {
+	done := make(chan struct{})
+	var mu sync.Mutex // held while sending: chunks of several parties share the stream
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		defer close(done)
+		return h.untilOver(ctx, j.ID)
+	})
+	for _, p := range ps {
+		dir := h.logDir(j.ID, p.Name)
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return diskProblem(err)
+		}
+		g.Go(func() error {
+			return logs.FollowDir(ctx, dir, done, nil, func(name string, offset int64, data []byte) error {
+				mu.Lock()
+				defer mu.Unlock()
+				return send(&pb.LogChunk{JobId: string(j.ID), Party: p.Name, File: name, Offset: offset, Data: data})
+			})
+		})
+	}
+	return g.Wait()
+}
+
+// untilOver waits for a job's end.
+func (h *Hub) untilOver(ctx context.Context, id job.ID) error {
+	wake, cancel := h.db.Subscribe(id)
+	defer cancel()
+	for {
+		j, err := h.db.Job(ctx, id)
+		if err != nil {
+			return err
+		}
+		if j.State.Terminal() {
+			return nil
+		}
+		if c := h.controller(id); c != nil && c.unstorable() != nil {
+			return nil
+		}
+		select {
+		case <-wake:
+		case <-time.After(2 * time.Second): // for an end that cannot be stored
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}

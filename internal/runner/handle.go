@@ -1,0 +1,185 @@
+package runner
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/pergolafl/pergola/internal/api"
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/proc"
+)
+
+// ErrDied says that a runner ended without its last word.
+var ErrDied = errors.New("the runner ended without saying how")
+
+// Handle is a starter's end of a runner: of one that it started, or of one that it found.
+type Handle struct {
+	dir    string
+	id     identity
+	client *api.Client
+	once   sync.Once
+	gone   <-chan struct{} // closed when the process is no more
+	exit   string          // how it ended, for one that this process started
+}
+
+// Start writes spec into dir and starts a runner for it: the program's own executable with "runner". The runner is a
+// session of its own, so that it gets no signal of the starter's terminal and outlives the starter.
+func Start(dir string, spec Spec) (*Handle, error) {
+	if err := writeFile(filepath.Join(dir, specFile), spec); err != nil {
+		return nil, err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	out, err := os.OpenFile(filepath.Join(dir, outputFile), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer out.Close()
+	// Not CommandContext: the runner outlives whoever starts it, and is ended by SetDesired or Kill.
+	cmd := exec.Command(self, "runner", "--dir", dir) //nolint:noctx // see above
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	gone := make(chan struct{})
+	h := &Handle{dir: dir, gone: gone, client: api.NewRunnerClient(filepath.Join(dir, controlSock))}
+	h.id.Pid = cmd.Process.Pid
+	// An error means that it is gone already, which the goroutine below finds out too.
+	h.id.Start, _ = proc.StartTime(h.id.Pid)
+	go func() {
+		defer close(gone)
+		if err := cmd.Wait(); err != nil {
+			h.exit = err.Error()
+		}
+	}()
+	return h, nil
+}
+
+// Attach finds the runner that was started in dir, by a starter that is gone. The runner may be gone as well: then Watch
+// gives what it has left, and ErrDied if its last word is missing.
+func Attach(dir string) (*Handle, error) {
+	h := &Handle{dir: dir, client: api.NewRunnerClient(filepath.Join(dir, controlSock))}
+	b, err := os.ReadFile(filepath.Join(dir, runnerFile))
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(b, &h.id); err != nil {
+		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, runnerFile), err)
+	}
+	h.gone = untilGone(h.id.Pid, h.id.Start)
+	return h, nil
+}
+
+// Pid is the runner's process id.
+func (h *Handle) Pid() int { return h.id.Pid }
+
+// Gone is closed when the runner's process has ended.
+func (h *Handle) Gone() <-chan struct{} { return h.gone }
+
+// Watch gives the journal's entries after seq, in order, each once, until the final one, whose giving ends it with nil.
+// ErrDied: the runner is gone and said no last word. Other errors are fn's or ctx's.
+func (h *Handle) Watch(ctx context.Context, seq int64, fn func(Entry) error) error {
+	bo := backoff.NewExponentialBackOff()
+	bo.InitialInterval, bo.MaxInterval = 5*time.Millisecond, time.Second
+	for {
+		final, n, err := h.stream(ctx, seq, fn)
+		if final || err != nil {
+			return err
+		}
+		if n > seq {
+			seq = n
+			bo.Reset()
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-h.gone:
+			return h.leftovers(seq, fn)
+		case <-time.After(bo.NextBackOff()): // the socket is not there yet, or the stream broke
+		}
+	}
+}
+
+func (h *Handle) stream(ctx context.Context, seq int64, fn func(Entry) error) (final bool, last int64, err error) {
+	s, e := h.client.Runner.WatchJournal(ctx, &pb.WatchJournalRequest{After: seq})
+	if e != nil {
+		return false, seq, nil // not reachable: Watch decides
+	}
+	defer s.Close()
+	for {
+		m, e := s.Receive()
+		if e != nil {
+			return false, seq, ctx.Err()
+		}
+		ev, e := api.FromEvent(m.GetEntry().GetEvent())
+		if e != nil {
+			return false, seq, e
+		}
+		en := Entry{Seq: m.GetEntry().GetSeq(), Event: ev}
+		if e := fn(en); e != nil {
+			return false, seq, e
+		}
+		seq = en.Seq
+		if _, f := en.Final(); f {
+			return true, seq, nil
+		}
+	}
+}
+
+func (h *Handle) leftovers(seq int64, fn func(Entry) error) error {
+	es, err := readJournal(h.dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range es {
+		if e.Seq <= seq {
+			continue
+		}
+		if err := fn(e); err != nil {
+			return err
+		}
+		if _, final := e.Final(); final {
+			return nil
+		}
+	}
+	if h.exit != "" {
+		return fmt.Errorf("%w: %s", ErrDied, h.exit)
+	}
+	return ErrDied
+}
+
+// SetDesired tells the runner what its party should be doing; sites counts with DESIRED_RUN.
+func (h *Handle) SetDesired(ctx context.Context, d pb.Desired, sites int) error {
+	_, err := h.client.Runner.SetDesired(ctx, &pb.SetDesiredRequest{Desired: d, Sites: int32(sites)}) //nolint:gosec // a count of sites
+	return err
+}
+
+// Release lets go of the runner without ending it.
+func (h *Handle) Release() { h.once.Do(h.client.Close) }
+
+// Clean ends whatever is left of the party's programs after its runner is gone.
+func (h *Handle) Clean(mark string) error {
+	_, err := proc.KillMarked(mark)
+	return err
+}
+
+// Kill ends the runner at once.
+func (h *Handle) Kill() {
+	if proc.Alive(h.id.Pid, h.id.Start) {
+		// ESRCH: it went by itself in between.
+		_ = syscall.Kill(h.id.Pid, syscall.SIGKILL)
+	}
+}

@@ -1,0 +1,96 @@
+package runner
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+)
+
+// How long a runner may take to obey before its starter ends it: its programs have Grace, and it may wait 10 s for a
+// reader of its last word.
+const (
+	stopPatience = Grace + 15*time.Second
+	killPatience = 5 * time.Second
+)
+
+// Want is what a starter wants of a runner. It may be set at any time, from any goroutine.
+type Want struct{ cell *cell }
+
+// NewWant makes a Want that says nothing yet.
+func NewWant() *Want { return &Want{newCell()} }
+
+// Set changes what is wanted; stopping is not undone. Sites counts with DESIRED_RUN.
+func (w *Want) Set(d pb.Desired, sites int) { w.cell.set(d, sites) }
+
+// Keep follows a runner to its end: fn gets the journal's entries after seq, the runner is told what want says, and ended
+// if it does not obey. When Keep returns because the party is over (nil) or the runner died (ErrDied), neither the runner
+// nor any of its programs is left. When ctx is done first, the runner goes on.
+func (h *Handle) Keep(ctx context.Context, seq int64, mark string, want *Want, fn func(Entry) error) error {
+	over, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { h.push(over, want) })
+	err := h.Watch(ctx, seq, fn)
+	if ctx.Err() == nil {
+		select {
+		case <-h.gone:
+		case <-time.After(killPatience):
+			h.Kill()
+			<-h.gone
+		}
+		if e := h.Clean(mark); e != nil && err == nil {
+			err = e
+		}
+	}
+	cancel()
+	wg.Wait()
+	h.Release()
+	return err
+}
+
+// push tells the runner what is wanted until it has heard, and ends it if it does not do it.
+func (h *Handle) push(ctx context.Context, want *Want) {
+	bo := backoff.NewExponentialBackOff()
+	bo.InitialInterval, bo.MaxInterval = 5*time.Millisecond, time.Second
+	var told pb.Desired
+	var kill <-chan time.Time
+	var patient pb.Desired // for which kill was set
+	for {
+		d, n, changed := want.cell.get()
+		var retry <-chan time.Time
+		if d != told {
+			call, cancel := context.WithTimeout(ctx, 2*time.Second)
+			err := h.SetDesired(call, d, n)
+			cancel()
+			if err == nil {
+				told = d
+				bo.Reset()
+			} else {
+				retry = time.After(bo.NextBackOff())
+			}
+		}
+		if d != patient {
+			patient = d
+			switch d {
+			case pb.Desired_DESIRED_STOP:
+				kill = time.After(stopPatience)
+			case pb.Desired_DESIRED_KILL:
+				kill = time.After(killPatience)
+			}
+		}
+		select {
+		case <-changed:
+		case <-retry:
+		case <-kill:
+			h.Kill()
+			return
+		case <-h.gone:
+			return
+		case <-ctx.Done():
+			return
+		}
+	}
+}

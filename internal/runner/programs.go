@@ -1,0 +1,377 @@
+package runner
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/bundle"
+	"github.com/pergolafl/pergola/internal/flower"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/link"
+	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/proc"
+	"github.com/pergolafl/pergola/internal/pyenv"
+	"github.com/pergolafl/pergola/internal/relay"
+	"github.com/pergolafl/pergola/internal/sock"
+)
+
+// fleet is the name under which a site's relay asks for the superlink's Fleet API.
+const fleet = "fleet"
+
+// claimPort is held by a runner on its own loopback address for as long as it lives. It is below the kernel's ephemeral
+// range (32768 by default), as are the ports that the engine takes on that address.
+const claimPort = 19999
+
+// prepared is what both sides of a job need before their programs start.
+type prepared struct {
+	app   *flower.App
+	inst  *flower.Installation
+	dir   string // the staged app
+	home  string // FLWR_HOME
+	ip    string // this party's own loopback address
+	claim net.Listener
+	env   []string
+}
+
+// prepare builds the environment and a copy of the app that Flower may write to.
+func (r *runner) prepare(ctx context.Context) (*prepared, error) {
+	contents, err := bundle.Read(r.spec.Bundle)
+	if err != nil {
+		return nil, err
+	}
+	app, err := flower.LoadApp(contents.AppDir)
+	if err != nil {
+		return nil, err
+	}
+	env, err := r.environment(ctx, app, contents)
+	if err != nil {
+		return nil, err
+	}
+	probes := filepath.Join(r.spec.Cache, "probes")
+	if err := os.MkdirAll(probes, 0o700); err != nil {
+		return nil, err
+	}
+	inst, err := flower.Probe(ctx, flower.Env{Bin: env.Bin, Python: env.Python}, filepath.Join(probes, probeName(env)))
+	if err != nil {
+		return nil, err
+	}
+	if inst.Warning != "" {
+		r.note(job.KindWarning, job.Text{Message: inst.Warning})
+	}
+	p := &prepared{app: app, inst: inst, dir: filepath.Join(r.dir, "app"), home: filepath.Join(r.dir, "flwr")}
+	if err := os.MkdirAll(p.home, 0o700); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(r.spec.Logs, 0o700); err != nil {
+		return nil, err
+	}
+	if err := flower.Stage(app, contents.AppDir, p.dir, inst); err != nil {
+		return nil, err
+	}
+	p.ip, p.claim, err = claimAddress(ctx)
+	if err != nil {
+		return nil, err
+	}
+	p.env = append(os.Environ(), proc.MarkVar+"="+r.spec.Mark)
+	for k, v := range r.spec.Spec.EnvFor(r.spec.Party) {
+		p.env = append(p.env, k+"="+v)
+	}
+	return p, nil
+}
+
+func probeName(env pyenv.Env) string {
+	if env.Key != "" {
+		return env.Key + ".json"
+	}
+	return strings.ReplaceAll(strings.Trim(env.Bin, "/"), "/", "_") + ".json"
+}
+
+func (r *runner) environment(ctx context.Context, app *flower.App, c *bundle.Contents) (pyenv.Env, error) {
+	if r.spec.Existing {
+		return pyenv.Existing(ctx, r.spec.Python, pyenv.Requirements{Names: app.Dependencies, Flwr: r.spec.Spec.Flwr, RequiresPython: app.RequiresPython})
+	}
+	in, err := pyenv.Find(ctx, r.spec.Python)
+	if err != nil {
+		return pyenv.Env{}, err
+	}
+	lock := pyenv.Lock{Text: string(c.Lock), Flwr: r.spec.Spec.FlwrVersion, Python: r.spec.Spec.PythonVersion}
+	var last job.EnvProgress
+	var at time.Time
+	return pyenv.Ensure(ctx, r.spec.Cache, in, lock, pyenv.Options{}, func(p pyenv.Progress) {
+		e := job.EnvProgress{Phase: p.Phase, Done: p.Done, Total: p.Total, Message: p.Message}
+		// A new phase at once, steps within one a few times a second.
+		if e.Phase != last.Phase || time.Since(at) > 300*time.Millisecond {
+			last, at = e, time.Now()
+			r.note(job.KindEnvProgress, e)
+		}
+	})
+}
+
+// claimAddress takes a loopback address for this party alone: whoever holds the claim port of an address owns all other
+// ports there, so no two parties or jobs can be given the same one, and nothing is chosen first and bound later.
+// The kernel ends the claim with the process.
+func claimAddress(ctx context.Context) (string, net.Listener, error) {
+	var lc net.ListenConfig
+	var last error
+	for range 100 {
+		var b [3]byte
+		if _, err := rand.Read(b[:]); err != nil {
+			return "", nil, err
+		}
+		// 127.64.0.0/10: away from 127.0.0.x, which other programs use. Not .0 or .255.
+		ip := fmt.Sprintf("127.%d.%d.%d", 64+b[0]%64, b[1], 1+b[2]%254)
+		ln, err := lc.Listen(ctx, "tcp4", fmt.Sprintf("%s:%d", ip, claimPort))
+		if err == nil {
+			return ip, ln, nil
+		}
+		last = err
+	}
+	return "", nil, problem.Wrap(last, problem.StartTimeout, "free some loopback addresses below 127.64.0.0/10", "no loopback address could be taken for the job's programs")
+}
+
+// hub runs the superlink and the server app.
+func (r *runner) hub(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	gctx, cancel := context.WithCancelCause(gctx)
+	acceptor := link.NewAcceptor(link.Options{Log: r.log, Allow: func(p link.Peer) error {
+		if p.Job != string(r.spec.Job) {
+			return problem.New(problem.Denied, "", "a link of job %s was sent to job %s", p.Job, r.spec.Job)
+		}
+		return nil
+	}})
+	ln, err := sock.Listen(LinkSocket(r.dir))
+	if err != nil {
+		return err
+	}
+	// The sites' links are taken from the first moment on; their streams wait until the superlink is ready.
+	ready := make(chan struct{})
+	var srv *flower.Server
+	g.Go(func() error { return ignoreDone(gctx, acceptor.Serve(gctx, ln)) })
+	g.Go(func() error {
+		return ignoreDone(gctx, r.links(gctx, acceptor, func(ctx context.Context, target string) (net.Conn, error) {
+			if target != fleet {
+				return nil, fmt.Errorf("no target is called %q", target)
+			}
+			select {
+			case <-ready:
+			case <-ctx.Done():
+				return nil, context.Cause(ctx)
+			}
+			var d net.Dialer
+			return d.DialContext(ctx, "tcp", srv.FleetAddr())
+		}))
+	})
+	g.Go(func() (err error) {
+		defer func() { cancel(err) }() // the links end with the programs
+		p, err := r.prepare(gctx)
+		if err != nil {
+			return err
+		}
+		defer p.claim.Close()
+		if err := os.MkdirAll(r.spec.Results, 0o700); err != nil {
+			return err
+		}
+		srv, err = flower.StartServer(gctx, flower.ServerConfig{
+			Install: p.inst, AppDir: p.dir, RunDir: r.spec.Results, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Env: p.env,
+			Args: r.spec.Spec.Server.Args, RunConfig: r.spec.Spec.RunConfig, Database: r.spec.Spec.Server.Database,
+			ReadyTimeout: r.spec.Spec.Server.ReadyTimeout.Std(), Party: r.spec.Party, OnEvent: r.event, OnLogError: r.diskError,
+		})
+		if err != nil {
+			return err
+		}
+		defer func() { srv.Stop(r.grace(ctx)) }()
+		close(ready)
+		r.move(job.PartyReady, nil)
+		return r.serve(gctx, srv)
+	})
+	if err := g.Wait(); err != nil && !errors.Is(err, errDone) {
+		return err
+	}
+	return nil
+}
+
+// errDone ends a group whose work is over without a fault.
+var errDone = errors.New("done")
+
+// serve runs the app once it is wanted, and says how that ended.
+func (r *runner) serve(ctx context.Context, srv *flower.Server) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	watch := make(chan struct{})
+	go func() { // ends with ctx, and is waited for below
+		defer close(watch)
+		select {
+		case <-srv.Done():
+			cancel(srv.Failure())
+		case <-ctx.Done():
+		}
+	}()
+	defer func() { <-watch }()
+	defer cancel(nil)
+	n, err := r.desired.running(ctx)
+	if err != nil {
+		return err
+	}
+	nodes, stop := context.WithTimeoutCause(ctx, r.spec.Spec.Server.ReadyTimeout.Or(job.DefaultReadyTimeout).Std(),
+		problem.New(problem.StartTimeout, "look into the sites' client_app_log.txt", "not all %d supernodes were known to the superlink in time", n))
+	defer stop()
+	if err := srv.WaitNodes(nodes, n); err != nil {
+		if c := context.Cause(nodes); c != nil {
+			return c
+		}
+		return err
+	}
+	r.note(job.KindSitesReady, job.SitesReady{Ready: n, Wanted: r.spec.Count})
+	r.move(job.PartyRunning, nil)
+	if err := srv.RunApp(ctx); err != nil {
+		if c := context.Cause(ctx); c != nil {
+			return c
+		}
+		return err
+	}
+	return r.untilStopped(ctx)
+}
+
+// untilStopped keeps the superlink up after the run, so that the supernodes can take their leave: they are stopped first.
+func (r *runner) untilStopped(ctx context.Context) error {
+	r.note(job.KindNote, job.Text{Message: runOver})
+	<-ctx.Done()
+	if errors.Is(context.Cause(ctx), errStop) {
+		return errDone
+	}
+	return context.Cause(ctx)
+}
+
+// runOver is the text of the note with which the hub's runner says that the app has finished and its programs wait to be
+// stopped.
+const runOver = "the run is finished"
+
+// IsRunOver tells whether e says that the app has finished well and the party waits to be stopped.
+func IsRunOver(e job.Event) bool {
+	var t job.Text
+	return e.Kind == job.KindNote && e.Party == job.HubParty && e.Decode(&t) == nil && t.Message == runOver
+}
+
+// links serves each site's session until ctx is done.
+func (r *runner) links(ctx context.Context, a *link.Acceptor, dial func(context.Context, string) (net.Conn, error)) error {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	for {
+		s, err := a.Accept(ctx)
+		if err != nil {
+			return err
+		}
+		r.log.Info("a site's link is up", "site", s.Peer().Site)
+		wg.Go(func() {
+			defer s.Close()
+			if err := relay.Serve(ctx, s.Accept, dial); err != nil && ctx.Err() == nil {
+				r.log.Info("a site's link has ended", "site", s.Peer().Site, "err", err)
+			}
+		})
+	}
+}
+
+// site runs the supernode.
+func (r *runner) site(ctx context.Context) error {
+	p, err := r.prepare(ctx)
+	if err != nil {
+		return err
+	}
+	defer p.claim.Close()
+	sess, err := r.dial(ctx)
+	if err != nil {
+		return err
+	}
+	defer sess.Close()
+	var lc net.ListenConfig
+	ln, err := lc.Listen(ctx, "tcp4", p.ip+":0")
+	if err != nil {
+		return err
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	relaying, stopRelay := context.WithCancel(gctx)
+	g.Go(func() error { return ignoreDone(relaying, relay.Listen(relaying, ln, fleet, sess.Open)) })
+	g.Go(func() error {
+		// The relay goes last, so that the supernode can take its leave of the superlink.
+		defer stopRelay()
+		c, err := flower.StartClient(gctx, flower.ClientConfig{
+			Install: p.inst, AppDir: p.dir, RunDir: p.dir, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Superlink: ln.Addr().String(),
+			NodeConfig: r.spec.Spec.NodeConfigFor(r.spec.Party, r.spec.Index, r.spec.Count), Env: p.env, Party: r.spec.Party,
+			OnEvent: r.event, OnLogError: r.diskError,
+		})
+		if err != nil {
+			return err
+		}
+		defer func() { c.Stop(r.grace(ctx)) }()
+		r.move(job.PartyReady, nil)
+		select {
+		case <-c.Done():
+			if err := c.Err(); err != nil {
+				return err
+			}
+			return problem.New(problem.ProgramFailed, "look into client_app_log.txt", "the supernode at %s ended by itself before the job did", r.spec.Party)
+		case <-sess.Done():
+			return problem.Wrap(sess.Err(), problem.LinkLost, "check the network between the site and the hub", "the link between %s and the hub broke", r.spec.Party)
+		case <-gctx.Done():
+			return context.Cause(gctx)
+		}
+	})
+	return g.Wait()
+}
+
+// dial opens the link, trying again until the job's start-timeout is over.
+func (r *runner) dial(ctx context.Context) (*link.Session, error) {
+	pair, err := pki.LoadKeypair(r.dir, certName)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := pair.Certificate()
+	if err != nil {
+		return nil, err
+	}
+	roots, err := pair.Roots()
+	if err != nil {
+		return nil, err
+	}
+	conf := pki.ClientTLS(cert, roots, pki.HubName, link.ALPN)
+	transport := func(ctx context.Context) (net.Conn, error) {
+		d := tlsDialer(conf)
+		return d.DialContext(ctx, "tcp", r.spec.Hub)
+	}
+	s, err := link.Dial(ctx, transport, link.Options{Log: r.log, Retry: r.spec.Spec.StartTimeout.Or(job.DefaultStartTimeout).Std()})
+	if err != nil {
+		if c := context.Cause(ctx); errors.Is(c, errStop) || errors.Is(c, errKill) {
+			return nil, c
+		}
+		return nil, problem.Wrap(err, problem.LinkLost, "check that the site reaches the hub's port", "%s could not open its link to the hub", r.spec.Party)
+	}
+	return s, nil
+}
+
+// grace is how long programs may take to end: none when the end is to be at once.
+func (r *runner) grace(ctx context.Context) time.Duration {
+	if d, _, _ := r.desired.get(); d == pb.Desired_DESIRED_KILL || errors.Is(context.Cause(ctx), errKill) {
+		return 0
+	}
+	return Grace
+}
+
+// ignoreDone makes nil of the error with which something ends because its context did.
+func ignoreDone(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,323 @@
+// Package runner is one party of one job: a process of its own that builds the environment, starts Flower's programs,
+// watches them, carries their connections over the link, and ends them. It outlives the hub or agent that started it; a
+// starter talks to it over a socket in the party's directory and reads its journal there.
+//
+//	party's directory
+//	  spec.json      what to run                       written by the starter before the start
+//	  runner.json    pid and start time                written by the runner, so that a later starter finds it
+//	  journal.jsonl  what happened, one entry a line   written before anybody hears of it
+//	  control.sock   RunnerService                     journal and desired state
+//	  link.sock      hub's party: links from the sites, spliced by the hub
+//	  app/ flwr/     the staged app, FLWR_HOME
+//
+// It schedules nothing, stores no job and knows no other party but by the link. Start with [Main] for the process and
+// with [Start] for a starter's end.
+package runner
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/pergolafl/pergola/internal/api"
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
+	"github.com/pergolafl/pergola/internal/flower"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/proc"
+	"github.com/pergolafl/pergola/internal/sock"
+)
+
+// Grace is how long programs have between the request to end and the kill.
+const Grace = 5 * time.Second
+
+// Why a party's work is cut short without a fault of its own.
+var (
+	errStop = errors.New("asked to stop")
+	errKill = errors.New("asked to end at once")
+)
+
+// runner is the process's state.
+type runner struct {
+	dir     string
+	spec    Spec
+	log     *slog.Logger
+	journal *journal
+	desired *cell
+	end     context.CancelCauseFunc // ends the party's work
+
+	mu       sync.Mutex // guards the rest
+	progress time.Time  // when the last sign of progress was written down
+}
+
+// Main runs the party in dir until its work is over or it is told to stop, and until its starter has read how it ended (or
+// 10 s have passed). A signal ends it in order. The error is one of the runner itself, not of its party.
+func Main(ctx context.Context, dir string, log *slog.Logger) error {
+	spec, err := readSpec(dir)
+	if err != nil {
+		return err
+	}
+	leash, err := leash()
+	if err != nil {
+		return err
+	}
+	// Programs' orphans become ours, so that they can be found and ended.
+	if err := proc.Subreaper(); err != nil {
+		return err
+	}
+	start, err := proc.StartTime(os.Getpid())
+	if err != nil {
+		return err
+	}
+	if err := writeFile(filepath.Join(dir, runnerFile), identity{os.Getpid(), start}); err != nil {
+		return err
+	}
+	j, err := openJournal(dir, spec.Job, spec.Party)
+	if err != nil {
+		return err
+	}
+	r := &runner{dir: dir, spec: spec, log: log, journal: j, desired: newCell()}
+	ln, err := sock.Listen(filepath.Join(dir, controlSock))
+	if err != nil {
+		return err
+	}
+	srv := api.NewServer()
+	pergolav1connect.RegisterRunnerServiceHandler(srv, service{r})
+	mux := http.NewServeMux()
+	api.Mount(mux, srv)
+	hs := &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+
+	var g errgroup.Group
+	g.Go(func() error {
+		if err := hs.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
+	work, end := context.WithCancelCause(ctx)
+	r.end = end
+	stopped := make(chan struct{})
+	g.Go(func() error {
+		r.obey(leash, stopped)
+		return nil
+	})
+	cause := r.party(work)
+	end(nil)
+	close(stopped)
+	r.last(cause)
+	// Who watches gets the last entry before the socket goes; who does not reads the file.
+	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	defer cancel()
+	if err := hs.Shutdown(bye); err != nil {
+		log.Warn("a watcher did not take the last entry", "err", err)
+	}
+	return g.Wait()
+}
+
+// obey ends the party's work when it is no longer wanted.
+func (r *runner) obey(leash, done <-chan struct{}) {
+	for {
+		d, _, changed := r.desired.get()
+		switch d {
+		case pb.Desired_DESIRED_STOP:
+			r.end(errStop)
+		case pb.Desired_DESIRED_KILL:
+			r.end(errKill)
+		}
+		select {
+		case <-changed:
+		case <-leash:
+			r.log.Warn("the command that this runner belongs to is gone")
+			r.end(errKill)
+			leash = nil
+		case <-done:
+			return
+		}
+	}
+}
+
+// party does the work and cleans up after it, whatever happened.
+func (r *runner) party(ctx context.Context) *problem.Error {
+	r.move(job.PartyPreparing, nil)
+	var err error
+	if r.spec.IsHub() {
+		err = r.hub(ctx)
+	} else {
+		err = r.site(ctx)
+	}
+	if n, e := proc.KillMarked(r.spec.Mark); e != nil {
+		r.log.Warn("programs that were left could not be ended", "err", e)
+	} else if n > 0 {
+		r.log.Warn("ended programs that their parents had left", "count", n)
+	}
+	for _, name := range []string{"app", "flwr"} {
+		if e := os.RemoveAll(filepath.Join(r.dir, name)); e != nil {
+			r.log.Warn("could not remove a working folder", "name", name, "err", e)
+		}
+	}
+	if c := context.Cause(ctx); errors.Is(c, errStop) || errors.Is(c, errKill) {
+		return nil // whatever broke then broke because of it
+	} else if p, ok := errors.AsType[*problem.Error](c); ok {
+		err = p // the reason for which the work was cut short comes before what that broke
+	} else if c != nil {
+		return nil // a signal
+	}
+	if err == nil {
+		return nil
+	}
+	p := *problem.From(err)
+	if p.Party == "" {
+		p.Party = r.spec.Party
+	}
+	return &p
+}
+
+// last writes the final entry.
+func (r *runner) last(cause *problem.Error) {
+	if cause == nil {
+		r.move(job.PartyDone, nil)
+		return
+	}
+	r.log.Error("the party failed", "code", cause.Code, "err", cause)
+	r.move(job.PartyFailed, cause)
+}
+
+func (r *runner) move(to job.PartyState, cause *problem.Error) {
+	r.note(job.KindPartyState, job.PartyStateChange{To: to, Cause: cause})
+}
+
+// note writes an event down. A full disk ends the party; its watchers hear of it from memory.
+func (r *runner) note(kind string, body any) {
+	if err := r.journal.add(kind, body); err != nil {
+		r.diskError(err)
+	}
+}
+
+// diskError ends the party because its files cannot be written any more.
+func (r *runner) diskError(err error) {
+	p := problem.Wrap(err, problem.Internal, "see the runner's log", "%s cannot write its files", r.spec.Party)
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		p = problem.New(problem.DiskFull, "make room on that disk, or choose another with --out", "no space is left where %s writes (%s)", r.spec.Party, r.spec.Logs)
+	}
+	p.Party = r.spec.Party
+	r.end(p)
+}
+
+// progressed notes that the work moves, at most every few seconds: the hub ends jobs that stand still.
+func (r *runner) progressed(what string) {
+	every := 20 * time.Second
+	if np := r.spec.Spec.NoProgress.Std(); np > 0 {
+		every = min(every, np/4)
+	}
+	r.mu.Lock()
+	due := time.Since(r.progress) >= every
+	if due {
+		r.progress = time.Now()
+	}
+	r.mu.Unlock()
+	if due {
+		r.note(job.KindProgress, job.Text{Message: what})
+	}
+}
+
+// event turns what the engine saw into an entry.
+func (r *runner) event(e flower.Event) {
+	switch e.Kind {
+	case flower.ProgramStarted:
+		r.note(job.KindProgramStarted, job.Program{Name: e.Program, Pid: e.Pid})
+	case flower.ProgramEnded:
+		p := job.Program{Name: e.Program, Pid: e.Pid, Code: e.Exit.Code, OOM: e.Exit.OOM}
+		if e.Exit.Signal != 0 {
+			p.Signal = e.Exit.Signal.String()
+		}
+		if !e.Exit.OK() {
+			p.Tail = e.Tail
+		}
+		r.note(job.KindProgramEnded, p)
+	case flower.Round:
+		r.note(job.KindRound, job.Round{Round: e.Round, Total: e.Total})
+	case flower.Metrics:
+		r.note(job.KindMetrics, job.Metrics{Round: e.Round, Phase: e.Phase, Values: e.Metrics})
+	case flower.ClientFailures, flower.ClientException:
+		r.note(job.KindClientFailure, job.ClientFailure{Round: e.Round, Count: e.Failures, Message: e.Message, Exception: e.Exception, Traceback: e.Traceback})
+	case flower.Warning:
+		r.note(job.KindWarning, job.Text{Message: e.Message})
+	case flower.NodeReady, flower.Progress:
+		r.progressed(e.Message)
+	default:
+		r.log.Warn("an event of unknown kind", "event", fmt.Sprintf("%+v", e))
+	}
+}
+
+// service is the runner's socket.
+type service struct{ *runner }
+
+// WatchJournal implements the API.
+func (s service) WatchJournal(ctx context.Context, req *pb.WatchJournalRequest, out pergolav1connect.RunnerServiceWatchJournalServerStream) error {
+	return s.journal.watch(ctx, req.GetAfter(), func(e Entry) error {
+		ev, err := api.Event(e.Event)
+		if err != nil {
+			return err
+		}
+		return out.Send(&pb.WatchJournalResponse{Entry: &pb.JournalEntry{Seq: e.Seq, Event: ev}})
+	})
+}
+
+// SetDesired implements the API.
+func (s service) SetDesired(_ context.Context, req *pb.SetDesiredRequest) (*pb.SetDesiredResponse, error) {
+	s.desired.set(req.GetDesired(), int(req.GetSites()))
+	return &pb.SetDesiredResponse{}, nil
+}
+
+// cell holds what the party should be doing, and wakes who waits for a change.
+type cell struct {
+	mu      sync.Mutex // guards the rest
+	desired pb.Desired
+	sites   int
+	changed chan struct{}
+}
+
+func newCell() *cell { return &cell{changed: make(chan struct{})} }
+
+func (c *cell) set(d pb.Desired, sites int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	// Stopping is not undone, and a kill is not softened: a late repetition of an older wish changes nothing.
+	if d <= c.desired {
+		return
+	}
+	c.desired, c.sites = d, sites
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+func (c *cell) get() (pb.Desired, int, <-chan struct{}) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.desired, c.sites, c.changed
+}
+
+// running waits until the app is to start, and gives the number of sites.
+func (c *cell) running(ctx context.Context) (int, error) {
+	for {
+		d, n, changed := c.get()
+		if d == pb.Desired_DESIRED_RUN {
+			return n, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return 0, context.Cause(ctx)
+		}
+	}
+}

@@ -1,0 +1,94 @@
+package runner
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/pergolafl/pergola/internal/job"
+)
+
+// Names of the files in a party's directory.
+const (
+	specFile    = "spec.json"     // what to run, written by the starter
+	journalFile = "journal.jsonl" // what happened, written by the runner
+	runnerFile  = "runner.json"   // who the runner is, written by the runner
+	controlSock = "control.sock"  // RunnerService
+	linkSock    = "link.sock"     // hub's party: spliced link connections
+	outputFile  = "runner.log"    // what the runner itself prints
+	ballastFile = "reserve"       // space for the last words on a full disk
+	certName    = "party"         // party.crt, party.key, ca.crt: the job-scoped identity of a site's runner
+)
+
+// CertName is the name under which the starter saves the party's key pair in the party's directory (see pki.SaveKeypair).
+const CertName = certName
+
+// LinkSocket is the path of the socket to which the hub splices the links of the job whose hub party is in dir.
+func LinkSocket(dir string) string { return filepath.Join(dir, linkSock) }
+
+// Spec is what a starter hands to a runner. Paths are absolute.
+type Spec struct {
+	Job   job.ID   `json:"job"`
+	Party string   `json:"party"` // job.HubParty or the site's name
+	Index int      `json:"index"` // the site's place among the job's sites
+	Count int      `json:"count"` // their number
+	Spec  job.Spec `json:"spec"`
+
+	Bundle  string `json:"bundle"`            // folder of the unpacked bundle, never written to
+	Logs    string `json:"logs"`              // folder for the programs' logs
+	Results string `json:"results,omitempty"` // hub's party: the server app's working directory
+	Cache   string `json:"cache"`             // environments and probes, shared by jobs
+
+	Python   string `json:"python,omitempty"`   // interpreter to build environments with; "" = the best of PATH
+	Existing bool   `json:"existing,omitempty"` // use Python as it is and build nothing
+	Hub      string `json:"hub,omitempty"`      // site's party: host:port to dial
+
+	Mark string `json:"mark"` // in the environment of every program, so that none is overlooked
+}
+
+// IsHub tells whether this is the hub's side of the job.
+func (s Spec) IsHub() bool { return s.Party == job.HubParty }
+
+func readSpec(dir string) (Spec, error) {
+	var s Spec
+	b, err := os.ReadFile(filepath.Join(dir, specFile))
+	if err != nil {
+		return s, err
+	}
+	if err := json.Unmarshal(b, &s); err != nil {
+		return s, fmt.Errorf("%s: %w", filepath.Join(dir, specFile), err)
+	}
+	return s, nil
+}
+
+// identity says which process the runner is: a pid alone may be somebody else's by now.
+type identity struct {
+	Pid   int    `json:"pid"`
+	Start uint64 `json:"start"` // see proc.StartTime
+}
+
+// writeFile replaces a file as a whole, durably.
+func writeFile(path string, v any) error {
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+"-*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	if _, err := f.Write(append(b, '\n')); err != nil {
+		f.Close()
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		f.Close()
+		return err
+	}
+	if err := f.Close(); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), path)
+}

@@ -1,0 +1,310 @@
+package site
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/pergolafl/pergola/internal/api"
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/bundle"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/logs"
+	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/runner"
+)
+
+// part is this site's side of one job.
+type part struct {
+	agent *Agent
+	id    job.ID
+	first *pb.DesiredParty
+	want  *runner.Want
+	log   interface{ Error(string, ...any) }
+
+	once sync.Once
+	gone chan struct{} // closed when the hub wants nothing more of it
+}
+
+func newPart(a *Agent, id job.ID, w *pb.DesiredParty) *part {
+	return &part{agent: a, id: id, first: w, want: runner.NewWant(), log: a.log.With("job", id), gone: make(chan struct{})}
+}
+
+func (p *part) set(d pb.Desired) { p.want.Set(d, 0) }
+
+// forget ends what there still is of it: the hub considers the job over.
+func (p *part) forget() {
+	p.want.Set(pb.Desired_DESIRED_KILL, 0)
+	p.once.Do(func() { close(p.gone) })
+}
+
+// run does the part until the hub has heard how it ended and wants it no more.
+func (p *part) run(ctx context.Context) {
+	if p.first.GetDesired() == pb.Desired_DESIRED_UP {
+		if err := p.do(ctx); err != nil && ctx.Err() == nil {
+			p.log.Error("the part in the job failed", "err", err)
+			cause := *problem.From(err)
+			cause.Party = p.agent.conf.Name
+			p.report(ctx, p.entry(job.PartyStateChange{To: job.PartyFailed, Cause: &cause}))
+		}
+	} else {
+		// Only its end is wanted, and nothing of it is here: say so.
+		p.report(ctx, p.entry(job.PartyStateChange{To: job.PartyDone, Reason: "was never started"}))
+	}
+	select {
+	case <-p.gone:
+		// The hub has all of the logs; what the app wrote stays only where the site's own settings say so.
+		if err := os.RemoveAll(p.agent.jobDir(p.id)); err != nil {
+			p.log.Error("could not remove the job's folder", "err", err)
+		}
+	case <-ctx.Done():
+	}
+}
+
+// entry makes an entry that does not come from a runner.
+func (p *part) entry(c job.PartyStateChange) runner.Entry {
+	e, err := job.NewEvent(p.id, p.agent.conf.Name, job.KindPartyState, c, time.Now())
+	if err != nil {
+		panic(err) // only for what cannot be JSON
+	}
+	return runner.Entry{Event: e}
+}
+
+// do starts the runner, or finds it, and follows it to its end.
+func (p *part) do(ctx context.Context) error {
+	a := p.agent
+	dir := filepath.Join(a.jobDir(p.id), "party")
+	logDir := filepath.Join(a.jobDir(p.id), "logs")
+	if err := os.MkdirAll(logDir, 0o700); err != nil {
+		return p.disk(err)
+	}
+	h, err := runner.Attach(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		h, err = p.start(ctx, dir, logDir)
+	}
+	if err != nil {
+		return p.disk(err)
+	}
+	// The logs go ahead of the last word: once the hub knows that the part is over, it has all of its lines.
+	ended := make(chan struct{})
+	shipped := make(chan struct{})
+	go func() {
+		defer close(shipped)
+		p.ship(ctx, logDir, ended)
+	}()
+	err = h.Keep(ctx, 0, a.mark(p.id), p.want, func(e runner.Entry) error {
+		if _, final := e.Final(); final {
+			close(ended)
+			<-shipped
+		}
+		p.report(ctx, e)
+		return ctx.Err()
+	})
+	select {
+	case <-ended:
+	default:
+		close(ended)
+	}
+	<-shipped
+	if err != nil && ctx.Err() == nil {
+		return problem.Wrap(err, problem.SiteRunnerDied, "submit the job again", "the runner at %s ended unexpectedly", a.conf.Name)
+	}
+	return nil
+}
+
+func (p *part) disk(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return problem.Wrap(err, problem.DiskFull, "make room on the site's disk", "no space is left where %s keeps its jobs (%s)", p.agent.conf.Name, p.agent.dir)
+	}
+	return err
+}
+
+// start fetches what the runner needs, and starts it.
+func (p *part) start(ctx context.Context, dir, logDir string) (*runner.Handle, error) {
+	a := p.agent
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	var spec job.Spec
+	if err := json.Unmarshal([]byte(p.first.GetSpecJson()), &spec); err != nil {
+		return nil, problem.New(problem.BundleInvalid, "", "the job's settings cannot be read: %v", err)
+	}
+	bundleDir, err := p.fetch(ctx, p.first.GetBundleDigest())
+	if err != nil {
+		return nil, err
+	}
+	if err := p.identity(ctx, dir); err != nil {
+		return nil, err
+	}
+	if len(a.conf.Env) > 0 { // the site's own settings win
+		if spec.Site.Named == nil {
+			spec.Site.Named = map[string]job.Site{}
+		}
+		own := spec.Site.Named[a.conf.Name]
+		own.Env = merge(own.Env, a.conf.Env)
+		spec.Site.Named[a.conf.Name] = own
+	}
+	return runner.Start(dir, runner.Spec{
+		Job: p.id, Party: a.conf.Name, Index: int(p.first.GetIndex()), Count: int(p.first.GetCount()), Spec: spec,
+		Bundle: bundleDir, Logs: logDir, Cache: a.conf.Cache, Python: a.conf.Python, Existing: a.conf.Existing,
+		Hub: a.conf.Hub, Mark: a.mark(p.id),
+	})
+}
+
+func merge(a, b map[string]string) map[string]string {
+	out := map[string]string{}
+	for _, m := range []map[string]string{a, b} {
+		for k, v := range m {
+			out[k] = v
+		}
+	}
+	return out
+}
+
+// identity has the hub sign a key for this job alone.
+func (p *part) identity(ctx context.Context, dir string) error {
+	a := p.agent
+	key, err := pki.NewKey()
+	if err != nil {
+		return err
+	}
+	csr, err := pki.NewRequest(key, pki.Identity{Kind: pki.KindParty, Name: a.conf.Name, Job: string(p.id)})
+	if err != nil {
+		return err
+	}
+	keyPEM, err := pki.EncodeKey(key)
+	if err != nil {
+		return err
+	}
+	res, err := retry(ctx, func() (*pb.IssueCertificateResponse, error) {
+		return a.client.Sites.IssueCertificate(ctx, &pb.IssueCertificateRequest{JobId: string(p.id), CsrPem: string(csr)})
+	})
+	if err != nil {
+		return err
+	}
+	own, err := pki.LoadKeypair(a.dir, "site")
+	if err != nil {
+		return err
+	}
+	return pki.SaveKeypair(dir, runner.CertName, pki.Keypair{CertPEM: []byte(res.GetCertificatePem()), KeyPEM: keyPEM, CAPEM: own.CAPEM})
+}
+
+// fetching is held while a bundle is fetched: jobs of one bundle fetch it once.
+var fetching sync.Mutex
+
+// fetch gives the folder of the unpacked bundle.
+func (p *part) fetch(ctx context.Context, digest string) (string, error) {
+	a := p.agent
+	fetching.Lock()
+	defer fetching.Unlock()
+	dst := filepath.Join(a.dir, "bundles", strings.TrimPrefix(digest, "sha256:"))
+	if _, err := os.Stat(dst); err == nil {
+		return dst, nil
+	}
+	_, err := retry(ctx, func() (struct{}, error) {
+		s, err := a.client.Bundles.DownloadBundle(ctx, &pb.DownloadBundleRequest{Digest: digest})
+		if err != nil {
+			return struct{}{}, err
+		}
+		defer s.Close()
+		pr, pw := io.Pipe()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			for {
+				m, err := s.Receive()
+				if err != nil {
+					pw.CloseWithError(err) // io.EOF is the end
+					return
+				}
+				if _, err := pw.Write(m.GetData()); err != nil {
+					return // the reader has seen enough
+				}
+			}
+		}()
+		_, err = bundle.Extract(pr, dst, digest, bundle.Limits{})
+		pr.Close()
+		s.Close()
+		<-done
+		return struct{}{}, err
+	})
+	return dst, err
+}
+
+// final tells whether trying again cannot help.
+func final(err error) bool {
+	p, ok := errors.AsType[*problem.Error](err)
+	return ok && p.Code != problem.HubUnreachable
+}
+
+// retry calls f until the hub answers.
+func retry[T any](ctx context.Context, f func() (T, error)) (T, error) {
+	bo := backoff.NewExponentialBackOff()
+	bo.InitialInterval, bo.MaxInterval = 50*time.Millisecond, 5*time.Second
+	return backoff.Retry(ctx, func() (T, error) {
+		v, err := f()
+		if err != nil && final(err) {
+			return v, backoff.Permanent(err)
+		}
+		return v, err
+	}, backoff.WithBackOff(bo), backoff.WithMaxElapsedTime(0))
+}
+
+// report delivers an entry, however long the hub is away; a hub that refuses it, or wants the part no more, ends that.
+func (p *part) report(ctx context.Context, e runner.Entry) {
+	ev, err := api.Event(e.Event)
+	if err != nil {
+		p.log.Error("an entry cannot be sent", "err", err)
+		return
+	}
+	ctx, cancel := p.whileWanted(ctx)
+	defer cancel()
+	if _, err := retry(ctx, func() (*pb.ReportResponse, error) {
+		return p.agent.client.Sites.Report(ctx, &pb.ReportRequest{JobId: string(p.id), Entries: []*pb.JournalEntry{{Seq: e.Seq, Event: ev}}})
+	}); err != nil && ctx.Err() == nil {
+		p.log.Error("the hub refused an entry", "kind", e.Event.Kind, "err", err)
+	}
+}
+
+// whileWanted ends with the part.
+func (p *part) whileWanted(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	go func() {
+		select {
+		case <-p.gone:
+			cancel(errGone)
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() { cancel(nil) }
+}
+
+// ship copies the programs' logs to the hub until they have ended and all is there.
+func (p *part) ship(ctx context.Context, dir string, ended <-chan struct{}) {
+	ctx, cancel := p.whileWanted(ctx)
+	defer cancel()
+	res, err := retry(ctx, func() (*pb.GetLogOffsetsResponse, error) {
+		return p.agent.client.Sites.GetLogOffsets(ctx, &pb.GetLogOffsetsRequest{JobId: string(p.id)})
+	})
+	if err == nil {
+		err = logs.FollowDir(ctx, dir, ended, res.GetOffsets(), func(name string, offset int64, data []byte) error {
+			_, err := retry(ctx, func() (*pb.PushLogsResponse, error) {
+				return p.agent.client.Sites.PushLogs(ctx, &pb.PushLogsRequest{Chunks: []*pb.LogChunk{{JobId: string(p.id), Party: p.agent.conf.Name, File: name, Offset: offset, Data: data}}})
+			})
+			return err
+		})
+	}
+	if err != nil && ctx.Err() == nil {
+		p.log.Error("the logs could not be copied to the hub", "err", err)
+	}
+}

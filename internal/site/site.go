@@ -1,0 +1,203 @@
+// Package site is an organisation's agent: it dials the hub, learns what the site should be running, keeps a runner for
+// each part that it has in a job, and reports what the runners write down. It listens nowhere.
+//
+// It runs none of Flower's programs itself (its runners do), and holds nothing that is not on disk as well. Start with
+// [Open] and [Agent.Run].
+package site
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/pelletier/go-toml/v2"
+
+	"github.com/pergolafl/pergola/internal/api"
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/pyenv"
+)
+
+// ConfigFile is the configuration's name in the agent's directory.
+const ConfigFile = "site.toml"
+
+// Config is an agent's site.toml.
+type Config struct {
+	Name     string            `toml:"name"`     // the site's name
+	Hub      string            `toml:"hub"`      // host:port
+	Python   string            `toml:"python"`   // interpreter for the site's side of jobs; "" = the best of PATH
+	Existing bool              `toml:"existing"` // use Python as it is, build no environments
+	Cache    string            `toml:"cache"`    // environments; "" = the user's cache folder
+	Env      map[string]string `toml:"env"`      // for every program at this site; wins over the job's
+	Mark     string            `toml:"mark"`     // begins the marks of this agent's programs; default the site's name
+}
+
+// Agent is a running agent.
+type Agent struct {
+	dir    string
+	conf   Config
+	log    *slog.Logger
+	tls    *tls.Config
+	client *api.Client
+
+	mu    sync.Mutex // guards the rest
+	parts map[job.ID]*part
+}
+
+// Open reads dir/site.toml and the site's key pair (site.crt, site.key, ca.crt).
+func Open(dir string, log *slog.Logger) (*Agent, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	a := &Agent{dir: dir, log: log, parts: map[job.ID]*part{}}
+	if err := readTOML(filepath.Join(dir, ConfigFile), &a.conf); err != nil {
+		return nil, err
+	}
+	if err := job.CheckName("site", a.conf.Name); err != nil {
+		return nil, err
+	}
+	if a.conf.Hub == "" {
+		return nil, problem.New(problem.Usage, "add hub = \"HOST:PORT\"", "%s names no hub", filepath.Join(dir, ConfigFile))
+	}
+	if a.conf.Cache == "" {
+		a.conf.Cache = pyenv.DefaultCache()
+	}
+	if a.conf.Mark == "" {
+		a.conf.Mark = a.conf.Name
+	}
+	pair, err := pki.LoadKeypair(dir, "site")
+	if err != nil {
+		return nil, err
+	}
+	cert, err := pair.Certificate()
+	if err != nil {
+		return nil, err
+	}
+	roots, err := pair.Roots()
+	if err != nil {
+		return nil, err
+	}
+	a.tls = pki.ClientTLS(cert, roots, pki.HubName)
+	for _, d := range []string{"jobs", "bundles"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
+			return nil, err
+		}
+	}
+	return a, nil
+}
+
+func readTOML(path string, into any) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return problem.Wrap(err, problem.Usage, "", "cannot read the configuration")
+	}
+	defer f.Close()
+	if err := toml.NewDecoder(f).DisallowUnknownFields().Decode(into); err != nil {
+		return problem.Wrap(err, problem.Usage, "correct that line", "%s", path)
+	}
+	return nil
+}
+
+// Run keeps what the hub wants until ctx is done. Runners go on without the agent.
+func (a *Agent) Run(ctx context.Context) error {
+	a.client = api.NewClient(a.conf.Hub, a.tls)
+	defer a.client.Close()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	bo := backoff.NewExponentialBackOff()
+	bo.InitialInterval, bo.MaxInterval = 50*time.Millisecond, 5*time.Second
+	for {
+		began := time.Now()
+		err := a.watch(ctx, &wg)
+		if ctx.Err() != nil {
+			return nil
+		}
+		switch problem.CodeOf(err) {
+		case problem.Denied, problem.Version:
+			return err // trying again changes nothing
+		}
+		if time.Since(began) > bo.MaxInterval {
+			bo.Reset()
+		}
+		wait := bo.NextBackOff()
+		a.log.Warn("the hub is not there", "hub", a.conf.Hub, "err", err, "retry", wait)
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
+// watch follows one stream of wishes to its end.
+func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) error {
+	s, err := a.client.Sites.WatchDesired(ctx, &pb.WatchDesiredRequest{Protocol: api.Protocol})
+	if err != nil {
+		if p := pki.Explain(err); p != nil {
+			return p
+		}
+		return err
+	}
+	defer s.Close()
+	for first := true; ; first = false {
+		m, err := s.Receive()
+		if err != nil {
+			if p := pki.Explain(err); p != nil {
+				return p
+			}
+			return err
+		}
+		if first {
+			a.log.Info("connected", "hub", a.conf.Hub)
+		}
+		a.reconcile(ctx, wg, m.GetParties())
+	}
+}
+
+// reconcile starts, steers and ends parts so that they are what is wanted.
+func (a *Agent) reconcile(ctx context.Context, wg *sync.WaitGroup, want []*pb.DesiredParty) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	wanted := map[job.ID]bool{}
+	for _, w := range want {
+		id, err := job.ParseID(w.GetJobId())
+		if err != nil {
+			a.log.Error("the hub wants a job that has no id", "err", err)
+			continue
+		}
+		wanted[id] = true
+		p := a.parts[id]
+		if p == nil {
+			p = newPart(a, id, w)
+			a.parts[id] = p
+			wg.Go(func() { p.run(ctx) })
+		}
+		p.set(w.GetDesired())
+	}
+	for id, p := range a.parts {
+		if wanted[id] {
+			continue
+		}
+		p.forget()
+		delete(a.parts, id)
+	}
+}
+
+// jobDir is the folder of the site's part in a job.
+func (a *Agent) jobDir(id job.ID) string { return filepath.Join(a.dir, "jobs", string(id)) }
+
+// errGone says that the hub wants nothing more of a part.
+var errGone = errors.New("the hub has ended the job")
+
+// mark is in the environment of the part's programs.
+func (a *Agent) mark(id job.ID) string { return fmt.Sprintf("%s-%s-%s", a.conf.Mark, id, a.conf.Name) }
