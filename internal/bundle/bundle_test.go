@@ -69,7 +69,7 @@ func found(t testing.TB, dir string) map[string]string {
 			return err
 		case d.IsDir():
 			entries, err := os.ReadDir(p)
-			if len(entries) == 0 {
+			if len(entries) == 0 && rel != "." {
 				files[rel+"/"] = ""
 			}
 			return err
@@ -127,6 +127,7 @@ var sample = map[string]string{
 	"latest":              "-> quickstart/task.py",
 	"pkg":                 "-> quickstart",
 	"quickstart/up":       "-> ../run.sh",
+	"deep":                "-> " + strings.Repeat("d/", 20),
 	strings.Repeat("d/", 40) + strings.Repeat("n", 200): "deep",
 }
 

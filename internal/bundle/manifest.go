@@ -229,13 +229,14 @@ func isHex256(s string) bool {
 // decides on a bundle's links before it has written anything.
 type tree struct {
 	entries map[string]Entry
-	dirs    map[string][]string // children that are directories, and what links in it lead to; "." is the app itself
+	dirs    map[string]bool     // every folder; "." is the app itself
+	edges   map[string][]string // from a folder to those in it, and to those that links in it lead to
 	links   []Entry
 }
 
 func newTree(files []Entry, maxFiles int) (*tree, error) {
 	count := 0
-	t := &tree{entries: make(map[string]Entry, len(files)), dirs: map[string][]string{".": nil}}
+	t := &tree{entries: make(map[string]Entry, len(files)), dirs: map[string]bool{".": true}, edges: map[string][]string{}}
 	for _, e := range files {
 		t.entries[e.Path] = e
 		if e.Kind == Link {
@@ -245,13 +246,10 @@ func newTree(files []Entry, maxFiles int) (*tree, error) {
 		if e.Kind != Dir {
 			child = path.Dir(e.Path)
 		}
-		for p := child; p != "."; p = path.Dir(p) {
-			if _, seen := t.dirs[p]; seen {
-				break
-			}
-			t.dirs[p] = nil
+		for p := child; !t.dirs[p]; p = path.Dir(p) {
+			t.dirs[p] = true
 			count++
-			t.dirs[path.Dir(p)] = append(t.dirs[path.Dir(p)], p)
+			t.edges[path.Dir(p)] = append(t.edges[path.Dir(p)], p)
 		}
 		if e.Kind != Dir { // whose folder was counted
 			count++
@@ -266,8 +264,11 @@ func newTree(files []Entry, maxFiles int) (*tree, error) {
 				return nil, fmt.Errorf("%q lies in %q, which is listed as a %s of its own", e.Path, parent, p.Kind)
 			}
 		}
-		if _, isDir := t.dirs[e.Path]; isDir && e.Kind != Dir {
+		if t.dirs[e.Path] && e.Kind != Dir {
 			return nil, fmt.Errorf("%q is both a %s and a folder", e.Path, e.Kind)
+		}
+		if inside := t.edges[e.Path]; len(inside) > 0 {
+			return nil, fmt.Errorf("%q lies in %q, which is listed as a %s of its own", inside[0], e.Path, e.Kind)
 		}
 	}
 	return t, nil
@@ -287,7 +288,7 @@ func (t *tree) resolve(link Entry) (string, error) {
 	for follow, steps := 0, 0; len(todo) > 0; steps++ {
 		name := todo[0]
 		todo = todo[1:]
-		if _, isDir := t.dirs[at]; !isDir || steps > maxSteps {
+		if !t.dirs[at] || steps > maxSteps {
 			return "", fmt.Errorf("%q is a link to %q, which is not in the app", link.Path, link.Target)
 		}
 		switch name {
@@ -302,7 +303,7 @@ func (t *tree) resolve(link Entry) (string, error) {
 		}
 		next := path.Join(at, name)
 		e, isEntry := t.entries[next]
-		if _, isDir := t.dirs[next]; !isDir && !isEntry {
+		if !t.dirs[next] && !isEntry {
 			return "", fmt.Errorf("%q is a link to %q, which is not in the app", link.Path, link.Target)
 		}
 		if e.Kind != Link {
@@ -326,9 +327,9 @@ func (t *tree) checkLinks() error {
 		if err != nil {
 			return err
 		}
-		if _, isDir := t.dirs[to]; isDir {
+		if t.dirs[to] {
 			from := path.Dir(l.Path)
-			t.dirs[from] = append(t.dirs[from], to)
+			t.edges[from] = append(t.edges[from], to)
 			via[[2]string{from, to}] = l.Path
 		}
 	}
@@ -345,12 +346,12 @@ func (t *tree) checkLinks() error {
 	state["."] = open
 	for len(stack) > 0 {
 		top := &stack[len(stack)-1]
-		if top.next == len(t.dirs[top.dir]) {
+		if top.next == len(t.edges[top.dir]) {
 			state[top.dir] = finished
 			stack = stack[:len(stack)-1]
 			continue
 		}
-		child := t.dirs[top.dir][top.next]
+		child := t.edges[top.dir][top.next]
 		top.next++
 		switch state[child] {
 		case finished:
