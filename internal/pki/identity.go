@@ -64,20 +64,20 @@ func (id Identity) String() string {
 // Check tells whether the identity is one that a certificate may have; the error is a usage problem that names the rule.
 func (id Identity) Check() error {
 	switch id.Kind {
-	case KindHub, KindUser:
-	case KindSite:
-		return ValidSite(id.Name)
+	case KindHub, KindSite, KindUser:
+		if id.Job != "" {
+			return problem.New(problem.Usage, "leave the job out", "a %s certificate cannot be bound to a job", id.Kind)
+		}
 	case KindParty:
 		if !validJob(id.Job) {
 			return problem.New(problem.Usage, "use the identifier that the hub gave the job",
 				"%q cannot be a job's identifier: 1 to %d letters, digits, - and _", clip(id.Job), maxJob)
 		}
-		return ValidName(id.Name)
 	default:
 		return problem.New(problem.Usage, "use one of hub, site, user, party", "%q is no kind of identity", clip(string(id.Kind)))
 	}
-	if id.Job != "" {
-		return problem.New(problem.Usage, "leave the job out", "a %s certificate cannot be bound to a job", id.Kind)
+	if id.Kind == KindSite {
+		return ValidSite(id.Name)
 	}
 	return ValidName(id.Name)
 }

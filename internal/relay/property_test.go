@@ -30,10 +30,11 @@ func drawHalf(t *rapid.T, name string) half {
 // play does h on c while it reads what comes. It gives the bytes read and how reading ended.
 func (h half) play(c *net.TCPConn, data []byte) (got []byte, err error) {
 	var wg sync.WaitGroup
+	var told error
 	wg.Go(func() {
 		for _, n := range h.Writes {
-			if _, err := c.Write(data[:n]); err != nil {
-				return // the other has reset
+			if _, told = c.Write(data[:n]); told != nil {
+				return // a reset; the kernel tells it once, the reader may see an end now
 			}
 			data = data[n:]
 		}
@@ -52,7 +53,7 @@ func (h half) play(c *net.TCPConn, data []byte) (got []byte, err error) {
 	}
 	wg.Wait()
 	if errors.Is(err, io.EOF) {
-		err = nil
+		err = told
 	}
 	return got, err
 }

@@ -1,0 +1,83 @@
+package link
+
+import (
+	"bytes"
+	"io"
+	"strings"
+	"testing"
+
+	"github.com/pergolafl/pergola/internal/problem"
+)
+
+func TestPreface(t *testing.T) {
+	longest := Peer{Job: strings.Repeat("j", MaxName), Site: strings.Repeat("s", MaxName)}
+	for _, p := range []Peer{anna, {"a", "b"}, longest} {
+		var b bytes.Buffer
+		if err := WritePreface(&b, p); err != nil {
+			t.Fatal(err)
+		}
+		if b.Len() > 135 {
+			t.Errorf("%d bytes for %v", b.Len(), p)
+		}
+		b.WriteString("PGLK")
+		if got, err := ReadPreface(&b); err != nil || got != p || b.String() != "PGLK" {
+			t.Errorf("ReadPreface = %v, %v with %q left, want %v", got, err, b.String(), p)
+		}
+	}
+	for _, p := range []Peer{{}, {"a", ""}, {"", "b"}, {"a b", "c"}, {"a", "b\n"}, {longest.Job + "j", "s"}} {
+		if err := WritePreface(io.Discard, p); problem.CodeOf(err) != problem.Internal {
+			t.Errorf("WritePreface took %v: %v", p, err)
+		}
+	}
+	for _, b := range []string{
+		"", "PGLP", "PGLP\x01", "PGLK\x01\x01a\x01b", "PGLP\x02\x01a\x01b", "PGLP\x01\x00\x01b", "PGLP\x01\x01a\x00",
+		"PGLP\x01\xff" + strings.Repeat("a", 300), "PGLP\x01\x01a\xff" + strings.Repeat("a", 300), "PGLP\x01\x01a\x02b", "PGLP\x01\x01\x00\x01b",
+	} {
+		if p, err := ReadPreface(strings.NewReader(b)); problem.CodeOf(err) != problem.Internal || p != (Peer{}) {
+			t.Errorf("ReadPreface(%q) = %v, %v", b, p, err)
+		}
+	}
+}
+
+// What parses is written back byte for byte, and nothing behind it is read.
+func FuzzReadPreface(f *testing.F) {
+	f.Add([]byte("PGLP\x01\x01a\x01b and more"))
+	f.Add([]byte("PGLP\x01\x0401JA\x07st-anna"))
+	f.Add([]byte("PGLP\x01\x40"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r := bytes.NewReader(b)
+		p, err := ReadPreface(r)
+		if err != nil {
+			return
+		}
+		var again bytes.Buffer
+		if err := WritePreface(&again, p); err != nil || !bytes.HasPrefix(b, again.Bytes()) || r.Len() != len(b)-again.Len() {
+			t.Errorf("%q gave %v, which is written %q, %v; %d bytes left", b, p, again.Bytes(), err, r.Len())
+		}
+	})
+}
+
+// What parses is written back byte for byte, and neither reads nor keeps more than its declared limit.
+func FuzzReadFrame(f *testing.F) {
+	f.Add(appendFrame(nil, helloFrame(sessionID{1, 2, 3})))
+	f.Add(appendFrame(nil, welcomeFrame(sessionID{})))
+	f.Add(appendFrame(nil, refuseFrame(refuseVersion)))
+	f.Add(appendFrame(nil, frame{kind: frameHello, version: 65535, body: make([]byte, maxBody)}))
+	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r := bytes.NewReader(b)
+		fr, err := readFrame(r)
+		if err != nil {
+			return
+		}
+		if len(fr.body) > maxBody || fr.kind < frameHello || fr.kind > frameRefuse {
+			t.Errorf("read %+v", fr)
+		}
+		if again := appendFrame(nil, fr); !bytes.HasPrefix(b, again) || r.Len() != len(b)-len(again) {
+			t.Errorf("%q gave %+v, which is written %q; %d bytes left", b, fr, again, r.Len())
+		}
+		if id, err := fr.session(); err == nil && !bytes.Equal(id[:], fr.body) {
+			t.Errorf("session %v of %q", id, fr.body)
+		}
+	})
+}
