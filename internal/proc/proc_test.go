@@ -912,9 +912,11 @@ func TestIdentity(t *testing.T) {
 func TestParseStat(t *testing.T) {
 	tail := " S 10 20 30 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 98765 1 2\n"
 	for in, want := range map[string]stat{
-		"7 (sh)" + tail:               {7, 10, 20, 'S', 98765},
-		"7 (a) Z 1 (b) c\n(x)" + tail: {7, 10, 20, 'S', 98765},
-		"7 ())" + tail:                {7, 10, 20, 'S', 98765},
+		"2 (kthreadd) S 0 0 0 0 -1 2129984 1 2 3 4 5 6 7 8 20 0 1 0 5 1 2\n": {2, 0, 0, 'S', true, 5},
+
+		"7 (sh)" + tail:               {7, 10, 20, 'S', false, 98765},
+		"7 (a) Z 1 (b) c\n(x)" + tail: {7, 10, 20, 'S', false, 98765},
+		"7 ())" + tail:                {7, 10, 20, 'S', false, 98765},
 	} {
 		if got, err := parseStat([]byte(in)); err != nil || got != want {
 			t.Errorf("%q: %+v, %v", in, got, err)

@@ -316,7 +316,7 @@ func (p *Process) remains() ([]stat, error) {
 		}
 		start, seen := tree[s.pid]
 		if s.pid == p.begun.pid || s.pgrp == p.begun.pid || (seen && start == s.start) ||
-			(!s.dead() && (p.tokened(s.pid) || p.piped(s.pid))) {
+			(!s.dead() && (p.tokened(s) || p.piped(s.pid))) {
 			set[s.pid] = s
 		}
 	}
@@ -330,8 +330,8 @@ func (p *Process) remains() ([]stat, error) {
 	return found, nil
 }
 
-func (p *Process) tokened(pid int) bool {
-	return environHas(pid, func(kv string) bool {
+func (p *Process) tokened(s stat) bool {
+	return environHas(s, func(kv string) bool {
 		v, ok := strings.CutPrefix(kv, procVar+"=")
 		return ok && slices.Contains(strings.Split(v, "/"), p.token)
 	})

@@ -20,6 +20,7 @@ import (
 type stat struct {
 	pid, ppid, pgrp int
 	state           byte   // R, S, D, T, t, Z, X …
+	kernel          bool   // a thread of the kernel
 	start           uint64 // clock ticks since boot
 }
 
@@ -45,10 +46,12 @@ func parseStat(b []byte) (stat, error) {
 		return stat{}, fmt.Errorf("too few fields in %q", b)
 	}
 	s := stat{state: f[0][0]}
-	var errs [4]error
+	var errs [5]error
 	s.pid, errs[0] = strconv.Atoi(strings.TrimSpace(string(b[:open])))
 	s.ppid, errs[1] = strconv.Atoi(f[1])
 	s.pgrp, errs[2] = strconv.Atoi(f[2])
+	flags, err := strconv.ParseUint(f[6], 10, 64)
+	s.kernel, errs[4] = flags&0x00200000 != 0, err // PF_KTHREAD, include/linux/sched.h
 	s.start, errs[3] = strconv.ParseUint(f[19], 10, 64)
 	return s, errors.Join(errs[:]...)
 }
@@ -173,7 +176,7 @@ func KillMarked(mark string) (n int, err error) {
 		all, err := processes()
 		var found []stat
 		for _, s := range all {
-			if !s.dead() && ownUser(s.pid) && environHas(s.pid, func(kv string) bool { return kv == want }) {
+			if !s.dead() && ownUser(s.pid) && environHas(s, func(kv string) bool { return kv == want }) {
 				found = append(found, s)
 			}
 		}
@@ -193,15 +196,22 @@ const maxEnviron = 4 << 20
 
 // environHas tells whether an entry of the process's first environment matches. A process that is
 // gone, or that we may not look into, has none.
-func environHas(pid int, match func(kv string) bool) bool {
-	f, err := os.Open(procPath(pid, "environ"))
-	if err != nil {
+func environHas(s stat, match func(kv string) bool) bool {
+	if s.kernel {
 		return false
 	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxEnviron))
-	if err != nil {
-		return false
+	b := readSome(s.pid, "environ")
+	// In the middle of exec a process has neither environment nor arguments. That is over within
+	// microseconds, a few milliseconds if the program is not in memory yet; nothing tells when.
+	for range 100 {
+		if len(b) > 0 || len(readSome(s.pid, "cmdline")) > 0 || !Alive(s.pid, s.start) {
+			break
+		}
+		time.Sleep(time.Millisecond)
+		b = readSome(s.pid, "environ")
+	}
+	if len(b) == 0 {
+		b = readSome(s.pid, "environ") // exec may have ended between the two looks
 	}
 	for kv := range bytes.SplitSeq(b, []byte{0}) {
 		if match(string(kv)) {
@@ -209,6 +219,20 @@ func environHas(pid int, match func(kv string) bool) bool {
 		}
 	}
 	return false
+}
+
+// readSome reads a file of a process, or nothing.
+func readSome(pid int, name string) []byte {
+	f, err := os.Open(procPath(pid, name))
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, maxEnviron))
+	if err != nil {
+		return nil
+	}
+	return b
 }
 
 // killAll kills what find finds until it finds nothing more. First all are stopped: what stands
