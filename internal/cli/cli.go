@@ -1,0 +1,168 @@
+// Package cli is the command line: it parses, calls, and prints. Results go to stdout, everything else to stderr.
+//
+// It decides nothing about jobs; localrun, hub, site and runner do. Start with [Main].
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"syscall"
+
+	"github.com/lmittmann/tint"
+	"github.com/mattn/go-isatty"
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/pergolafl/pergola/internal/problem"
+)
+
+// env is what a command has of the world.
+type env struct {
+	stdout, stderr io.Writer
+}
+
+// Main runs the command line and gives the exit status.
+func Main() int {
+	e := env{os.Stdout, os.Stderr}
+	root := newRoot(e)
+	if err := root.ExecuteContext(context.Background()); err != nil {
+		if s, ok := errors.AsType[silent](err); ok {
+			return problem.Exit(s.error)
+		}
+		p := problem.From(err)
+		fmt.Fprintf(e.stderr, "pergola: %s\n", text(p))
+		return problem.Exit(p)
+	}
+	return 0
+}
+
+// silent is an error that was printed already.
+type silent struct{ error }
+
+// text gives a problem as a person reads it: what happened, and below it what to do.
+func text(p *problem.Error) string {
+	var b strings.Builder
+	if p.Party != "" && !strings.Contains(p.Msg, p.Party) {
+		fmt.Fprintf(&b, "%s: ", p.Party)
+	}
+	b.WriteString(p.Msg)
+	if p.Err != nil {
+		fmt.Fprintf(&b, ": %v", p.Err)
+	}
+	if p.Log != "" {
+		fmt.Fprintf(&b, "\n  log:  %s", p.Log)
+	}
+	if p.Next != "" {
+		fmt.Fprintf(&b, "\n  next: %s", p.Next)
+	}
+	return b.String()
+}
+
+func newRoot(e env) *cobra.Command {
+	root := &cobra.Command{
+		Use:           "pergola",
+		Short:         "Run unmodified Flower apps as managed jobs across organisations",
+		Long:          "Pergola runs unmodified Flower (flwr) apps across organisations that share no network:\none hub with one TLS port, sites that only dial out, and a cause for every ending.",
+		Example:       "  pergola run ./my-flower-app\n  pergola run examples/quickstart --sites 3 --run-config num-server-rounds=5",
+		SilenceErrors: true, SilenceUsage: true, Version: version(),
+		Args: cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return cmd.Help()
+			}
+			var names []string
+			for _, c := range cmd.Commands() {
+				if !c.Hidden {
+					names = append(names, c.Name())
+				}
+			}
+			return problem.New(problem.Usage, "see the commands with: pergola --help", "no command is called %q%s", args[0], problem.DidYouMean(args[0], names))
+		},
+	}
+	root.SetOut(e.stdout)
+	root.SetErr(e.stderr)
+	root.SetVersionTemplate("pergola {{.Version}}\n")
+	root.SetFlagErrorFunc(flagError)
+	root.AddCommand(newRun(e), newHub(e), newSite(e), newRunner(e), newVersion(e))
+	return root
+}
+
+// flagError names the nearest flag to one that does not exist.
+func flagError(cmd *cobra.Command, err error) error {
+	next := "see the flags with: " + cmd.CommandPath() + " --help"
+	if ne, ok := errors.AsType[*pflag.NotExistError](err); ok {
+		var names []string
+		cmd.Flags().VisitAll(func(f *pflag.Flag) {
+			if !f.Hidden {
+				names = append(names, f.Name)
+			}
+		})
+		hint := ""
+		if n := problem.Nearest(ne.GetSpecifiedName(), names); n != "" {
+			hint = fmt.Sprintf("; did you mean --%s?", n)
+		}
+		dash := "--"
+		if ne.GetSpecifiedShortnames() != "" {
+			dash = "-"
+		}
+		return problem.New(problem.Usage, next, "unknown flag %s%s%s", dash, ne.GetSpecifiedName(), hint)
+	}
+	return problem.New(problem.Usage, next, "%s", strings.TrimPrefix(err.Error(), "pflag: "))
+}
+
+// exactArgs wants n arguments and says which.
+func exactArgs(n int, what string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) == n {
+			return nil
+		}
+		return problem.New(problem.Usage, "usage: "+cmd.UseLine(), "%s needs %s, and got %d arguments", cmd.CommandPath(), what, len(args))
+	}
+}
+
+func version() string {
+	v := "devel"
+	if bi, ok := debug.ReadBuildInfo(); ok {
+		if bi.Main.Version != "" && bi.Main.Version != "(devel)" {
+			v = bi.Main.Version
+		}
+	}
+	return v
+}
+
+func newVersion(e env) *cobra.Command {
+	var asJSON bool
+	c := &cobra.Command{
+		Use: "version", Short: "Print the version", Args: exactArgs(0, "no argument"), Example: "  pergola version --json",
+		RunE: func(*cobra.Command, []string) error {
+			if asJSON {
+				return json.NewEncoder(e.stdout).Encode(map[string]string{"version": version()})
+			}
+			_, err := fmt.Fprintln(e.stdout, "pergola", version())
+			return err
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "as JSON")
+	return c
+}
+
+// logger writes JSON where a machine reads, and coloured text on a terminal.
+func logger(w io.Writer, level slog.Level) *slog.Logger {
+	if f, ok := w.(*os.File); ok && isatty.IsTerminal(f.Fd()) {
+		return slog.New(tint.NewHandler(w, &tint.Options{Level: level, TimeFormat: "15:04:05.000"}))
+	}
+	return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
+}
+
+// untilSignal gives a context that ends with SIGINT or SIGTERM.
+func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {
+	return signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+}

@@ -1,0 +1,473 @@
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+
+	"github.com/mattn/go-isatty"
+	"github.com/spf13/cobra"
+
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/localrun"
+	"github.com/pergolafl/pergola/internal/problem"
+)
+
+// maxSites is how many sites one machine is asked to imitate: each is an agent, a runner and Flower's processes.
+const maxSites = 64
+
+type runFlags struct {
+	sites                             int
+	minSites                          int
+	out, engine, flwr, python, listen string
+	runConfig, siteEnv                []string
+	deadline, noProgress, start       string
+	json, quiet, verbose, relock      bool
+}
+
+func newRun(e env) *cobra.Command {
+	var f runFlags
+	c := &cobra.Command{
+		Use:   "run APPDIR",
+		Short: "Run a Flower app on a hub and sites of this machine, and show its result",
+		Long: `Run starts a hub and some sites as processes of their own, with certificates made for this run,
+submits the app in APPDIR as a job, shows what happens, and ends everything again.
+APPDIR is never written to. Interrupt (Ctrl-C) once for an orderly end, twice to end at once.
+
+Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 hub unreachable.`,
+		Example: `  pergola run examples/quickstart
+  pergola run ./app --sites 3 --run-config num-server-rounds=5 --run-config lr=0.1
+  pergola run ./app --flwr 1.30.0 --deadline 30m --json`,
+		Args: exactArgs(1, "the app's directory"),
+		RunE: func(cmd *cobra.Command, args []string) error { return f.run(cmd.Context(), e, args[0]) },
+		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+			return nil, cobra.ShellCompDirectiveFilterDirs
+		},
+	}
+	fl := c.Flags()
+	fl.SortFlags = false
+	fl.IntVar(&f.sites, "sites", 2, "how many sites")
+	fl.IntVar(&f.minSites, "min-sites", 0, "go on with this many when others fail (default: all)")
+	fl.StringArrayVar(&f.runConfig, "run-config", nil, "override a value of [tool.flwr.app.config]: key=value (repeatable)")
+	fl.StringVar(&f.flwr, "flwr", "", "run with this version of flwr instead of the one that the app asks for")
+	fl.StringVar(&f.engine, "engine", "", "how the app runs: auto or flower (default auto)")
+	fl.StringVar(&f.python, "python", "", "use this interpreter and its packages as they are, build no environment")
+	fl.StringArrayVar(&f.siteEnv, "site-env", nil, "variable for the programs at each site: NAME=value (repeatable)")
+	fl.StringVar(&f.deadline, "deadline", "", "end the job when it takes longer than this, for example 30m")
+	fl.StringVar(&f.noProgress, "no-progress", "", "end the job when nothing moves for this long (default 1h)")
+	fl.StringVar(&f.start, "start-timeout", "", "longest wait for all parties to be ready, builds not counted (default 10m)")
+	fl.StringVar(&f.out, "out", "", "new or empty directory for logs and results (default ./pergola-runs/<app>-<time>)")
+	fl.StringVar(&f.listen, "listen", "", "address of the hub's one port (default any free port of 127.0.0.1)")
+	fl.BoolVar(&f.relock, "relock", false, "resolve the app's dependencies again instead of using the lock of the last 24 h")
+	fl.BoolVar(&f.json, "json", false, "one JSON object per event on stdout, the last one the summary")
+	fl.BoolVarP(&f.quiet, "quiet", "q", false, "show no log lines of the programs")
+	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show Pergola's own log lines, too")
+	must(c.RegisterFlagCompletionFunc("engine", cobra.FixedCompletions([]string{"auto", "flower"}, cobra.ShellCompDirectiveNoFileComp)))
+	must(c.MarkFlagDirname("out"))
+	return c
+}
+
+// must is for what only a defect of the program can make fail.
+func must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+// options checks the flags.
+func (f *runFlags) options(app string) (localrun.Options, error) {
+	o := localrun.Options{App: app, Out: f.out, Sites: f.sites, Listen: f.listen, Relock: f.relock, Level: slog.LevelInfo}
+	if f.verbose {
+		o.Level = slog.LevelDebug
+	}
+	if f.sites < 1 || f.sites > maxSites {
+		return o, problem.New(problem.Usage, "choose 1 to "+strconv.Itoa(maxSites), "--sites %d is out of range", f.sites)
+	}
+	if f.minSites < 0 || f.minSites > f.sites {
+		return o, problem.New(problem.Usage, "choose 1 to the number of --sites", "--min-sites %d does not fit %d sites", f.minSites, f.sites)
+	}
+	if f.engine != "" && !slices.Contains(job.Engines, f.engine) {
+		return o, problem.New(problem.Usage, "use auto or flower", "--engine %q is unknown%s", f.engine, problem.DidYouMean(f.engine, job.Engines))
+	}
+	if f.quiet && f.verbose {
+		return o, problem.New(problem.Usage, "choose one", "--quiet and --verbose contradict each other")
+	}
+	if f.python != "" && f.flwr != "" {
+		return o, problem.New(problem.Usage, "choose one", "--flwr builds an environment, --python uses one as it is")
+	}
+	o.Python = f.python
+	if f.python != "" && strings.ContainsRune(f.python, filepath.Separator) {
+		abs, err := filepath.Abs(f.python) // the agents run elsewhere
+		if err != nil {
+			return o, err
+		}
+		o.Python = abs
+	}
+	o.Spec = job.Spec{Engine: f.engine, MinSites: f.minSites, Flwr: f.flwr, RunConfig: f.runConfig}
+	for _, d := range []struct {
+		flag, text string
+		to         *job.Duration
+	}{{"deadline", f.deadline, &o.Spec.Deadline}, {"no-progress", f.noProgress, &o.Spec.NoProgress}, {"start-timeout", f.start, &o.Spec.StartTimeout}} {
+		if d.text == "" {
+			continue
+		}
+		v, err := job.ParseDuration(d.text)
+		if err != nil {
+			return o, problem.New(problem.Usage, "write it like 90s, 30m, 6h or 2d", "--%s %q is not a duration", d.flag, d.text)
+		}
+		*d.to = v
+	}
+	for _, kv := range f.siteEnv {
+		k, v, ok := strings.Cut(kv, "=")
+		if !ok || k == "" {
+			return o, problem.New(problem.Usage, "write it like DATA=/data/ct", "--site-env %q has no NAME=value", kv)
+		}
+		if o.Spec.Site.Env == nil {
+			o.Spec.Site.Env = map[string]string{}
+		}
+		o.Spec.Site.Env[k] = v
+	}
+	return o, nil
+}
+
+func (f *runFlags) run(ctx context.Context, e env, app string) error {
+	o, err := f.options(app)
+	if err != nil {
+		return f.fail(e, app, err)
+	}
+	interrupted, killed := make(chan struct{}), make(chan struct{})
+	o.Interrupted, o.Killed = interrupted, killed
+	sig := make(chan os.Signal, 4)
+	signal.Notify(sig, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	done := make(chan struct{})
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		for _, c := range []chan struct{}{interrupted, killed} {
+			select {
+			case <-sig:
+				close(c)
+			case <-done:
+				return
+			}
+		}
+	}()
+	var show printer = &people{w: e.stderr, flags: f, tty: isTerminal(e.stderr), began: time.Now()}
+	if f.json {
+		show = &machine{w: json.NewEncoder(e.stdout)}
+	}
+	o.Event = show.event
+	sum, err := localrun.Run(ctx, o)
+	signal.Stop(sig)
+	close(done)
+	<-watched
+	show.end()
+	if f.json {
+		return errOf(show.(*machine).summary(sum), err)
+	}
+	if sum.Out == "" && err != nil {
+		return err // nothing was started: the error says it all
+	}
+	if e2 := printSummary(e.stdout, sum); e2 != nil {
+		return e2
+	}
+	if err != nil {
+		return silent{err}
+	}
+	return nil
+}
+
+// fail reports what kept the run from being tried at all.
+func (f *runFlags) fail(e env, app string, err error) error {
+	if !f.json {
+		return err
+	}
+	m := &machine{w: json.NewEncoder(e.stdout)}
+	return errOf(m.summary(localrun.Summary{App: filepath.Base(app), State: job.Failed, Cause: problem.From(err), Engine: localrun.Engine}), err)
+}
+
+func errOf(printing, err error) error {
+	if printing != nil {
+		return printing
+	}
+	if err != nil {
+		return silent{err}
+	}
+	return nil
+}
+
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	return ok && isatty.IsTerminal(f.Fd())
+}
+
+// printer shows events.
+type printer interface {
+	event(localrun.Event)
+	end()
+}
+
+// machine prints one JSON object per line.
+type machine struct {
+	w   *json.Encoder
+	err error
+}
+
+type line struct {
+	Time  time.Time `json:"time"`
+	Kind  string    `json:"kind"`
+	Party string    `json:"party,omitempty"`
+	Job   job.ID    `json:"job,omitempty"`
+	Body  any       `json:"body,omitempty"`
+}
+
+func (m *machine) event(e localrun.Event) {
+	var body any
+	if len(e.Body) > 0 {
+		body = e.Body
+	}
+	if err := m.w.Encode(line{e.At, e.Kind, e.Party, e.Job, body}); err != nil && m.err == nil {
+		m.err = err
+	}
+}
+
+func (m *machine) end() {}
+
+func (m *machine) summary(s localrun.Summary) error {
+	if m.err != nil {
+		return m.err
+	}
+	return m.w.Encode(line{time.Now(), localrun.KindSummary, "", s.Job, s})
+}
+
+// people prints lines that people read while they wait.
+type people struct {
+	w        io.Writer
+	flags    *runFlags
+	tty      bool
+	began    time.Time
+	progress bool // the last thing printed is a progress line
+	env      map[string]job.EnvProgress
+}
+
+func (p *people) end() {
+	if p.progress {
+		fmt.Fprintln(p.w)
+		p.progress = false
+	}
+}
+
+// say prints a line of Pergola's own.
+func (p *people) say(format string, args ...any) {
+	p.end()
+	fmt.Fprintf(p.w, "%6.1fs  %s\n", time.Since(p.began).Seconds(), fmt.Sprintf(format, args...))
+}
+
+func (p *people) event(e localrun.Event) {
+	switch e.Kind {
+	case localrun.KindLog:
+		if !p.flags.quiet {
+			p.end()
+			fmt.Fprintf(p.w, "[%s@%s] %s\n", e.Program, e.Party, e.Line)
+		}
+	case job.KindEnvProgress:
+		p.building(e)
+	case job.KindJobState:
+		var c job.JobState
+		if e.Decode(&c) != nil {
+			return
+		}
+		switch c.To {
+		case job.Preparing:
+			p.say("all sites are connected; preparing")
+		case job.Running:
+			p.say("the app runs")
+		case job.Stopping:
+			if c.Cause != nil {
+				p.say("stopping: %s", strings.ReplaceAll(text(c.Cause), "\n", "\n         "))
+			} else {
+				p.say("the app has finished; stopping its programs")
+			}
+		}
+	case job.KindPartyState:
+		var c job.PartyStateChange
+		if e.Decode(&c) != nil {
+			return
+		}
+		switch c.To {
+		case job.PartyReady:
+			p.say("%s is ready", e.Party)
+		case job.PartyFailed:
+			if c.Cause != nil {
+				p.say("%s failed: %s", e.Party, c.Cause.Msg)
+			}
+		}
+	case job.KindRound:
+		var r job.Round
+		if e.Decode(&r) != nil {
+			return
+		}
+		if r.Total > 0 {
+			p.say("round %d of %d", r.Round, r.Total)
+		} else {
+			p.say("round %d", r.Round)
+		}
+	case job.KindClientFailure:
+		var c job.ClientFailure
+		if e.Decode(&c) == nil {
+			p.say("%s", failureLine(e.Party, c))
+		}
+	case job.KindProgramEnded:
+		var g job.Program
+		if e.Decode(&g) == nil && g.Code != 0 && g.Signal != "terminated" && g.Code != -15 {
+			p.say("%s at %s ended with %d", g.Name, e.Party, g.Code)
+		}
+	case job.KindWarning:
+		var t job.Text
+		if e.Decode(&t) == nil {
+			p.say("warning: %s", t.Message)
+		}
+	case job.KindNote:
+		var t job.Text
+		if e.Decode(&t) == nil && e.Party == "" {
+			p.say("%s", t.Message)
+		}
+	}
+}
+
+func failureLine(party string, c job.ClientFailure) string {
+	var b strings.Builder
+	if c.Round > 0 {
+		fmt.Fprintf(&b, "round %d: ", c.Round)
+	}
+	switch {
+	case c.Exception != "":
+		fmt.Fprintf(&b, "the client app at %s raised %s", party, c.Exception)
+	case c.Count > 0:
+		fmt.Fprintf(&b, "the strategy counted %d failed clients", c.Count)
+	default:
+		fmt.Fprintf(&b, "a client failed at %s", party)
+	}
+	if c.Message != "" {
+		fmt.Fprintf(&b, " (%s)", c.Message)
+	}
+	return b.String()
+}
+
+// building shows how far environments are: on a terminal in one line that is written over.
+func (p *people) building(e localrun.Event) {
+	var g job.EnvProgress
+	if e.Decode(&g) != nil {
+		return
+	}
+	if p.env == nil {
+		p.env = map[string]job.EnvProgress{}
+	}
+	last, seen := p.env[e.Party]
+	p.env[e.Party] = g
+	who := e.Party
+	if who != "" {
+		who += ": "
+	}
+	step := ""
+	if g.Total > 0 {
+		step = fmt.Sprintf(" %d/%d", g.Done, g.Total)
+	}
+	msg := g.Message
+	if msg != "" {
+		msg = " " + msg
+	}
+	if p.tty && seen && last.Phase == g.Phase {
+		fmt.Fprintf(p.w, "\r\x1b[K%6.1fs  %senvironment: %s%s%.80s", time.Since(p.began).Seconds(), who, g.Phase, step, msg)
+		p.progress = true
+		return
+	}
+	if !seen || last.Phase != g.Phase {
+		p.say("%senvironment: %s%s%s", who, g.Phase, step, msg)
+	}
+}
+
+// printSummary prints the result.
+func printSummary(w io.Writer, s localrun.Summary) error {
+	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
+	fmt.Fprintf(tw, "\napp\t%s\n", s.App)
+	if s.Flwr != "" {
+		fmt.Fprintf(tw, "engine\t%s, flwr %s\n", s.Engine, s.Flwr)
+	}
+	fmt.Fprintf(tw, "sites\t%s\n", strings.Join(s.Sites, ", "))
+	fmt.Fprintf(tw, "state\t%s\n", s.State)
+	fmt.Fprintf(tw, "duration\t%.1f s\n", s.Seconds)
+	if s.Cause != nil {
+		fmt.Fprintf(tw, "cause\t%s\n", s.Cause.Code)
+		fmt.Fprintf(tw, "\t%s\n", strings.ReplaceAll(text(s.Cause), "\n", "\n\t"))
+	}
+	for i, f := range s.Failures {
+		fmt.Fprintf(tw, "client failure\t%s\n", failureLine(s.FailedAt[i], f))
+	}
+	for _, t := range s.Warnings {
+		fmt.Fprintf(tw, "warning\t%s\n", t)
+	}
+	if s.Out != "" {
+		fmt.Fprintf(tw, "logs\t%s\n", filepath.Join(s.Out, "logs"))
+		if _, err := os.Stat(filepath.Join(s.Out, "results")); err == nil {
+			fmt.Fprintf(tw, "results\t%s\n", filepath.Join(s.Out, "results"))
+		}
+	}
+	if err := tw.Flush(); err != nil {
+		return err
+	}
+	return printRounds(w, s.Rounds)
+}
+
+// printRounds prints a row a round, a column for each metric of each phase.
+func printRounds(w io.Writer, rounds []localrun.RoundMetrics) error {
+	if len(rounds) == 0 {
+		return nil
+	}
+	type column struct{ phase, name string }
+	set := map[column]bool{}
+	for _, r := range rounds {
+		for ph, vs := range r.Phases {
+			for n := range vs {
+				set[column{ph, n}] = true
+			}
+		}
+	}
+	order := []string{"train", "evaluate", "server"}
+	cols := slices.SortedFunc(maps.Keys(set), func(a, b column) int {
+		if d := slices.Index(order, a.phase) - slices.Index(order, b.phase); d != 0 {
+			return d
+		}
+		return strings.Compare(a.name, b.name)
+	})
+	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprint(tw, "\nround\t")
+	for _, c := range cols {
+		fmt.Fprintf(tw, "%s %s\t", c.phase, c.name)
+	}
+	fmt.Fprintln(tw)
+	for _, r := range rounds {
+		fmt.Fprintf(tw, "%d\t", r.Round)
+		for _, c := range cols {
+			if v, ok := r.Phases[c.phase][c.name]; ok {
+				fmt.Fprintf(tw, "%.6g\t", v)
+			} else {
+				fmt.Fprint(tw, "\t")
+			}
+		}
+		fmt.Fprintln(tw)
+	}
+	return tw.Flush()
+}
