@@ -104,7 +104,7 @@ func Build(srcDir string, in Input) (*Bundle, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer root.Close() //nolint:errcheck // opened for reading only
+	defer root.Close()
 
 	files, err := walk(root, abs, in.Exclude, lim)
 	if err != nil {
@@ -174,7 +174,7 @@ func copyFile(root *os.Root, abs string, e Entry, w io.Writer, buf []byte) error
 	if err != nil {
 		return unreadable(err, e.Path, abs)
 	}
-	defer f.Close() //nolint:errcheck // opened for reading only
+	defer f.Close()
 	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() || info.Size() != e.Size {
 		return changed()
 	}
@@ -217,7 +217,7 @@ func (b *Bundle) Write(w io.Writer) error {
 	if err != nil {
 		return unreadable(err, ".", b.dir)
 	}
-	defer root.Close() //nolint:errcheck // opened for reading only
+	defer root.Close()
 
 	z, err := zstd.NewWriter(w, zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(window), zstd.WithEncoderCRC(true))
 	if err != nil {

@@ -238,10 +238,10 @@ func TestBuildRefuses(t *testing.T) {
 			return plant(t, files)
 		}
 	}
-	special := func(name string, make func(p string) error) func(t *testing.T) string {
+	special := func(name string, create func(p string) error) func(t *testing.T) string {
 		return func(t *testing.T) string {
 			dir := plant(t, map[string]string{"pyproject.toml": "x"})
-			must(t, make(filepath.Join(dir, name)))
+			must(t, create(filepath.Join(dir, name)))
 			return dir
 		}
 	}
@@ -290,10 +290,14 @@ func TestBuildRefuses(t *testing.T) {
 		{"a name that is not UTF-8", app(map[string]string{"a\xff": ""}), small, []string{`"a\xff" is not valid UTF-8`, "rename it"}},
 		{"a name with an escape sequence", app(map[string]string{"a\x1b[2J": ""}), small, []string{`\x1b[2J" has control characters`}},
 		{"too deep", app(map[string]string{strings.Repeat("d/", 70) + "f": ""}), Input{Job: []byte("{}")}, []string{"more than 64 folders deep"}},
-		{"too big", app(map[string]string{"src/pkg/data/x.npy": strings.Repeat("x", 9000), "model.bin": strings.Repeat("x", 900), "tiny": "x"}), small,
-			[]string{"too big", "9.7 KiB in 9 files", "limit is 1000 B;", `"src/pkg/data/x.npy" (8.8 KiB), "model.bin" (900 B);`, "exclude"}},
-		{"too many", app(map[string]string{"d/1": "", "d/2": "", "d/3": "", "d/4": "", "d/5": "", "d/6": "", "d/7": ""}), small,
-			[]string{"in 11 files and folders", "limit is 9 files and folders", `"d/"`}},
+		{
+			"too big", app(map[string]string{"src/pkg/data/x.npy": strings.Repeat("x", 9000), "model.bin": strings.Repeat("x", 900), "tiny": "x"}), small,
+			[]string{"too big", "9.7 KiB in 9 files", "limit is 1000 B;", `"src/pkg/data/x.npy" (8.8 KiB), "model.bin" (900 B);`, "exclude"},
+		},
+		{
+			"too many", app(map[string]string{"d/1": "", "d/2": "", "d/3": "", "d/4": "", "d/5": "", "d/6": "", "d/7": ""}), small,
+			[]string{"in 11 files and folders", "limit is 9 files and folders", `"d/"`},
+		},
 		{"far too many", app(map[string]string{"d/" + strings.Repeat("e/", 60): ""}), small, []string{"has at least", `"d/`}},
 		{"a bad pattern", app(nil), Input{Job: []byte("{}"), Exclude: []string{"[a"}}, []string{`"[a" in exclude`, "path.Match"}},
 		{"everything excluded", app(nil), Input{Job: []byte("{}"), Exclude: []string{"*"}}, []string{"is empty"}},

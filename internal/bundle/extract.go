@@ -52,7 +52,7 @@ func Extract(r io.Reader, dst, wantDigest string, lim Limits) (_ *Manifest, err 
 		return nil, err
 	}
 	defer release()
-	defer root.Close() //nolint:errcheck // a handle on a directory
+	defer root.Close()
 	defer func() {
 		if err != nil {
 			if e := os.RemoveAll(partial); e != nil {
@@ -380,7 +380,7 @@ func readPart(dir, name string, limit int64) (_ []byte, err error) {
 	if err != nil {
 		return nil, problem.Wrap(err, problem.Internal, "look at the directory's permissions and file system", "the bundle in %s cannot be read", dir)
 	}
-	defer f.Close() //nolint:errcheck // opened for reading only
+	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err != nil {
 		return nil, problem.Wrap(err, problem.Internal, "look at the directory's permissions and file system", "the bundle in %s cannot be read", dir)

@@ -417,7 +417,7 @@ func FuzzExtract(f *testing.F) {
 	symlink := func(name, target string) member {
 		return member{Header: tar.Header{Name: name, Typeflag: tar.TypeSymlink, Linkname: target, Mode: 0o777}}
 	}
-	f.Add(plain(written(f, build(f, plant(f, sample), testInput))))
+	f.Add(plain(written(f, build(f, plant(f, map[string]string{"a.py": "a", "d/": "", "l": "-> a.py", "x": "x:y"}), testInput))))
 	f.Add(plain(pack(f, append(outer(two), regular("app/a", "a"), symlink("app/b", "a"))...)))
 	f.Add(plain(pack(f, append(outer(two), regular("app/a", "a"), symlink("app/b", "../../outside"))...)))
 	f.Add(plain(pack(f, append(outer(manifestOf(f, link("a", "../.."), file("a/x"))), symlink("app/a", "../.."), regular("app/a/x", "a/x"))...)))

@@ -13,7 +13,7 @@ import (
 	"strings"
 	"syscall"
 
-	"github.com/dustin/go-humanize"
+	human "github.com/dustin/go-humanize" //nolint:misspell // its own name
 
 	"github.com/pergolafl/pergola/internal/problem"
 )
@@ -197,7 +197,7 @@ func (w *walker) list(name string) (subdirs []string, kept bool) {
 		w.refuse(name, unreadable(err, name, w.abs))
 		return nil, true
 	}
-	defer d.Close() //nolint:errcheck // opened for reading only
+	defer d.Close()
 	for {
 		// In portions: a directory may have millions of entries.
 		entries, err := d.ReadDir(1024)
@@ -302,10 +302,10 @@ func (w *walker) tooBig() error {
 	files := w.count()
 	weight := func(u usage) int64 { return u.bytes }
 	if w.bytes > w.lim.MaxBytes {
-		limits = append(limits, humanize.IBytes(uint64(w.lim.MaxBytes)))
+		limits = append(limits, human.IBytes(uint64(w.lim.MaxBytes)))
 	}
 	if files > w.lim.MaxFiles {
-		limits = append(limits, humanize.Comma(int64(w.lim.MaxFiles))+" files and folders")
+		limits = append(limits, human.Comma(int64(w.lim.MaxFiles))+" files and folders")
 		if w.bytes <= w.lim.MaxBytes {
 			weight = func(u usage) int64 { return int64(u.files) }
 		}
@@ -332,9 +332,9 @@ func (w *walker) tooBig() error {
 			break
 		}
 		if u.dir {
-			biggest = append(biggest, fmt.Sprintf("%q (%s in %s files)", p+"/", humanize.IBytes(uint64(u.bytes)), humanize.Comma(int64(u.files))))
+			biggest = append(biggest, fmt.Sprintf("%q (%s in %s files)", p+"/", human.IBytes(uint64(u.bytes)), human.Comma(int64(u.files))))
 		} else {
-			biggest = append(biggest, fmt.Sprintf("%q (%s)", p, humanize.IBytes(uint64(u.bytes))))
+			biggest = append(biggest, fmt.Sprintf("%q (%s)", p, human.IBytes(uint64(u.bytes))))
 		}
 	}
 	atLeast := ""
@@ -344,5 +344,5 @@ func (w *walker) tooBig() error {
 	return problem.New(problem.AppInvalid,
 		"keep data outside of the app directory (each site brings its own), or list it in "+excludeHint,
 		"the app directory %s is too big to be sent: it has %s%s in %s files and folders, the limit is %s; the biggest are %s",
-		w.abs, atLeast, humanize.IBytes(uint64(w.bytes)), humanize.Comma(int64(files)), strings.Join(limits, " and "), strings.Join(biggest, ", "))
+		w.abs, atLeast, human.IBytes(uint64(w.bytes)), human.Comma(int64(files)), strings.Join(limits, " and "), strings.Join(biggest, ", "))
 }

@@ -128,7 +128,8 @@ func (f *follower) run(ctx context.Context, done <-chan struct{}) (err error) {
 			if e.Has(fsnotify.Remove|fsnotify.Rename) && filepath.Clean(e.Name) == filepath.Clean(f.dir) {
 				f.watched = false
 			}
-		case <-lost: // the kernel's queue ran over, or the watch broke: look at everything
+		case e := <-lost: // the kernel's queue ran over, or the watch broke: look at everything
+			f.watched = f.watched && errors.Is(e, fsnotify.ErrEventOverflow)
 			dirty, err = f.all()
 		case <-poll.C:
 			f.tryWatch()
@@ -215,7 +216,7 @@ func (f *follower) finish(ctx context.Context) error {
 // beyond the offset end (-1 = the file's). It tells whether there may be more. An error of the file itself is kept where
 // there are others to go on with.
 func (f *follower) file(ctx context.Context, name string, chunks int, end int64) (more bool, err error) {
-	if f.broken[name] != nil {
+	if _, broken := f.broken[name]; broken {
 		return false, nil
 	}
 	more, own, err := f.pieces(ctx, name, chunks, end)
@@ -242,7 +243,7 @@ func (f *follower) pieces(ctx context.Context, name string, chunks int, end int6
 	case own != nil:
 		return false, fmt.Errorf("follow log: %w", own), nil
 	}
-	defer file.Close() //nolint:errcheck // opened for reading only
+	defer file.Close()
 	info, own := file.Stat()
 	if own != nil {
 		return false, fmt.Errorf("follow log: %w", own), nil
