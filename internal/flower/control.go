@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
@@ -36,6 +37,7 @@ type control struct {
 	base    string // "http://127.1.2.3:9093"
 	service string // "flwr.proto.Exec" or "flwr.proto.Control"; "" is HTTP
 	client  *http.Client
+	stream  *http.Client // without a limit of time
 }
 
 const (
@@ -50,7 +52,7 @@ func newControl(addr string, gen Generation) *control {
 		IdleConnTimeout: time.Minute,
 		Protocols:       new(http.Protocols),
 	}
-	c := &control{base: "http://" + addr, client: &http.Client{Transport: t, Timeout: callTimeout}}
+	c := &control{base: "http://" + addr, client: &http.Client{Transport: t, Timeout: callTimeout}, stream: &http.Client{Transport: t}}
 	switch {
 	case gen >= GenHTTP:
 		t.Protocols.SetHTTP1(true)
@@ -128,6 +130,64 @@ func (c *control) stopRun(ctx context.Context, run uint64) error {
 	return err
 }
 
+// follow passes on what the server app prints from the given time on (seconds since 1970, the
+// superlink's clock), until the run has ended, the stream breaks or ctx ends. It gives the time to go on from.
+// A nil error means that the superlink ended the stream.
+func (c *control) follow(ctx context.Context, run uint64, after float64, fn func(text string)) (float64, error) {
+	req := protowire.AppendTag(nil, 1, protowire.VarintType)
+	req = protowire.AppendVarint(req, run)
+	req = protowire.AppendTag(req, 2, protowire.Fixed64Type)
+	req = protowire.AppendFixed64(req, math.Float64bits(after))
+	path, contentType, header := "/v1/control/stream-logs", "application/protobuf", 4
+	if c.service != "" {
+		path, contentType, header = "/"+c.service+"/StreamLogs", "application/grpc", 5
+		req = grpcFrame(req)
+	}
+	resp, err := c.post(ctx, c.stream, path, contentType, req)
+	if err != nil {
+		return after, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return after, &callError{resp.StatusCode, "no log stream"}
+	}
+	head := make([]byte, header)
+	for {
+		if _, err := io.ReadFull(resp.Body, head); err != nil {
+			if errors.Is(err, io.EOF) {
+				return after, nil // gRPC's status says nothing that ListRuns does not
+			}
+			return after, err
+		}
+		size := binary.BigEndian.Uint32(head[header-4:])
+		if size > maxReply {
+			return after, fmt.Errorf("the log stream announces a message of %d bytes", size)
+		}
+		msg := make([]byte, size)
+		if _, err := io.ReadFull(resp.Body, msg); err != nil {
+			return after, err
+		}
+		err := fields(msg, func(n protowire.Number, v uint64, b []byte) error {
+			switch n {
+			case 1:
+				fn(string(b))
+			case 2:
+				after = math.Float64frombits(v)
+			}
+			return nil
+		})
+		if err != nil {
+			return after, err
+		}
+	}
+}
+
+func grpcFrame(msg []byte) []byte {
+	frame := make([]byte, 5, 5+len(msg))
+	binary.BigEndian.PutUint32(frame[1:], uint32(len(msg))) //nolint:gosec // a FAB of at most 10 MiB and its config
+	return append(frame, msg...)
+}
+
 // decodeRuns finds a run's status in a ListRunsResponse.
 func decodeRuns(reply []byte, run uint64) (st runStatus, err error) {
 	found := false
@@ -172,7 +232,7 @@ func decodeRuns(reply []byte, run uint64) (st runStatus, err error) {
 	return st, err
 }
 
-// fields calls fn for each field of a protobuf message: v for varints, b for length-delimited ones.
+// fields calls fn for each field of a protobuf message: v for varints and 64-bit ones, b for length-delimited ones.
 func fields(msg []byte, fn func(n protowire.Number, v uint64, b []byte) error) error {
 	for len(msg) > 0 {
 		num, typ, n := protowire.ConsumeTag(msg)
@@ -187,6 +247,8 @@ func fields(msg []byte, fn func(n protowire.Number, v uint64, b []byte) error) e
 			v, n = protowire.ConsumeVarint(msg)
 		case protowire.BytesType:
 			b, n = protowire.ConsumeBytes(msg)
+		case protowire.Fixed64Type:
+			v, n = protowire.ConsumeFixed64(msg)
 		default:
 			n = protowire.ConsumeFieldValue(num, typ, msg)
 		}
@@ -209,7 +271,7 @@ func appendString(b []byte, n protowire.Number, s string) []byte {
 func scalar(v any) []byte {
 	switch v := v.(type) {
 	case float64:
-		return protowire.AppendFixed64(protowire.AppendTag(nil, 1, protowire.Fixed64Type), floatBits(v))
+		return protowire.AppendFixed64(protowire.AppendTag(nil, 1, protowire.Fixed64Type), math.Float64bits(v))
 	case int64:
 		return protowire.AppendVarint(protowire.AppendTag(nil, 8, protowire.VarintType), protowire.EncodeZigZag(v))
 	case bool:
@@ -226,7 +288,7 @@ func (c *control) call(ctx context.Context, method, path string, msg []byte) ([]
 }
 
 func (c *control) callHTTP(ctx context.Context, path string, msg []byte) ([]byte, error) {
-	resp, err := c.post(ctx, path, "application/protobuf", msg)
+	resp, err := c.post(ctx, c.client, path, "application/protobuf", msg)
 	if err != nil {
 		return nil, err
 	}
@@ -245,9 +307,7 @@ func (c *control) callHTTP(ctx context.Context, path string, msg []byte) ([]byte
 
 // callGRPC makes a unary gRPC call (https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md).
 func (c *control) callGRPC(ctx context.Context, path string, msg []byte) ([]byte, error) {
-	frame := make([]byte, 5, 5+len(msg))
-	binary.BigEndian.PutUint32(frame[1:], uint32(len(msg))) //nolint:gosec // a FAB of at most 10 MiB and its config
-	resp, err := c.post(ctx, path, "application/grpc", append(frame, msg...))
+	resp, err := c.post(ctx, c.client, path, "application/grpc", grpcFrame(msg))
 	if err != nil {
 		return nil, err
 	}
@@ -280,7 +340,7 @@ func (c *control) callGRPC(ctx context.Context, path string, msg []byte) ([]byte
 	return body[5:], nil
 }
 
-func (c *control) post(ctx context.Context, path, contentType string, body []byte) (*http.Response, error) {
+func (c *control) post(ctx context.Context, client *http.Client, path, contentType string, body []byte) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, c.base+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
@@ -288,8 +348,10 @@ func (c *control) post(ctx context.Context, path, contentType string, body []byt
 	req.Header.Set("Content-Type", contentType)
 	if contentType == "application/grpc" {
 		req.Header.Set("TE", "trailers")
+	} else {
+		req.Header.Set("Accept-Encoding", "identity")
 	}
-	return c.client.Do(req)
+	return client.Do(req)
 }
 
 func clip(b []byte) string {

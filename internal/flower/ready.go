@@ -5,13 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net"
 	"net/http"
 	"time"
 )
-
-func floatBits(f float64) uint64 { return math.Float64bits(f) }
 
 // speaksHTTP2 tells whether the server at addr answers HTTP/2's connection preface with its SETTINGS,
 // which is what a gRPC server does as soon as it serves (RFC 9113, section 3.4).

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -318,7 +319,19 @@ func (s *Server) WaitNodes(ctx context.Context, n int) error {
 	}
 }
 
-func (s *Server) onLinkLine(line string) { s.handle(s.linkLog.line(line)) }
+// createdForm is how superlinks report a new run (1.13 – 1.41).
+var createdForm = regexp.MustCompile(`Created (?:\w+ )?run (\d+)`)
+
+func (s *Server) onLinkLine(line string) {
+	if m := createdForm.FindStringSubmatch(line); m != nil {
+		if id, err := strconv.ParseUint(m[1], 10, 64); err == nil {
+			s.mu.Lock()
+			s.run = id
+			s.mu.Unlock()
+		}
+	}
+	s.handle(s.linkLog.line(line))
+}
 
 // handle takes note of what a parser found and passes it on.
 func (s *Server) handle(events []Event) {
@@ -467,18 +480,15 @@ func (s *Server) flwrRun(ctx context.Context) error {
 		return err
 	}
 	s.mu.Lock()
-	run := s.linkLog.run
+	run := s.run
 	s.mu.Unlock()
 	if run == 0 {
-		run = firstRun
+		return problem.New(problem.ProgramFailed, "see "+ServerAppLog+" and "+SuperlinkLog, "`flwr run` ended well, but the superlink did not report a run")
 	}
 	return s.watch(ctx, run)
 }
 
-const (
-	connection = "pergola" // the name of the superlink in Flower's configuration
-	firstRun   = 0
-)
+const connection = "pergola" // the name of the superlink in Flower's configuration
 
 // connect tells `flwr run` where the superlink is: by $FLWR_HOME/config.toml (1.26 and on), and by the
 // staged app's [tool.flwr.federations] before that.
@@ -509,32 +519,46 @@ func (s *Server) connect() error {
 	return writePyproject(s.cfg.AppDir, doc)
 }
 
-// statusPause is the time between two questions for a run's state.
-const statusPause = 250 * time.Millisecond
+// Times of watching a run. The stream of the server app's output ends with the run, so the state is
+// asked for then; each question costs two lines of superlink_log.txt.
+const (
+	statusPause = 10 * time.Second       // between questions while the stream is open
+	streamPause = 200 * time.Millisecond // before the stream is opened again
+)
 
-// watch waits for a run's end.
+// watch waits for a run's end, and passes on meanwhile what the server app prints.
 func (s *Server) watch(ctx context.Context, run uint64) error {
 	s.mu.Lock()
 	s.run = run
 	s.mu.Unlock()
+	sctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	out := s.newAppLog()
+	defer out.close()
+	ended := make(chan struct{}, 1)
+	var reader sync.WaitGroup
+	defer reader.Wait()
+	defer cancel()
+	reader.Go(func() {
+		after := 0.0
+		for sctx.Err() == nil {
+			// A broken stream is no failure of the run: its state is asked for, and it is opened again.
+			after, _ = s.control.follow(sctx, run, after, out.write)
+			select {
+			case ended <- struct{}{}:
+			case <-sctx.Done():
+			}
+			select {
+			case <-time.After(streamPause):
+			case <-sctx.Done():
+			}
+		}
+	})
 	tick := time.NewTicker(statusPause)
 	defer tick.Stop()
 	for failures := 0; ; {
-		st, err := s.control.state(ctx, run)
-		switch {
-		case err == nil:
-			failures = 0
-			if st.status == statusFinished {
-				return s.verdict(st)
-			}
-		case ctx.Err() != nil:
-			return ctxError(ctx, "run the server app")
-		default:
-			if failures++; failures > 20 {
-				return problem.Wrap(err, problem.ProgramFailed, "see the end of "+SuperlinkLog, "the superlink does not tell the state of the run")
-			}
-		}
 		select {
+		case <-ended:
 		case <-tick.C:
 		case <-ctx.Done():
 			return ctxError(ctx, "run the server app")
@@ -544,11 +568,28 @@ func (s *Server) watch(ctx context.Context, run uint64) error {
 			}
 			return problem.New(problem.ProgramFailed, "", "the superlink was stopped before the run ended")
 		}
+		st, err := s.control.state(ctx, run)
+		switch {
+		case err == nil:
+			failures = 0
+			if st.status == statusFinished {
+				cancel()
+				reader.Wait()
+				out.close()
+				return s.verdict(st, out.tail)
+			}
+		case ctx.Err() != nil:
+			return ctxError(ctx, "run the server app")
+		default:
+			if failures++; failures > 20 {
+				return problem.Wrap(err, problem.ProgramFailed, "see the end of "+SuperlinkLog, "the superlink does not tell the state of the run")
+			}
+		}
 	}
 }
 
 // verdict is what a finished run's state means.
-func (s *Server) verdict(st runStatus) error {
+func (s *Server) verdict(st runStatus, tail []string) error {
 	if st.sub == subCompleted {
 		return nil
 	}
@@ -556,5 +597,5 @@ func (s *Server) verdict(st runStatus) error {
 	if st.details != "" {
 		how += ", " + st.details
 	}
-	return s.appError(how, SuperlinkLog, s.link.Tail(20), proc.Exit{})
+	return s.appError(how, ServerAppLog, tail, proc.Exit{})
 }
