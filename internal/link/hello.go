@@ -22,18 +22,19 @@ const Version = 1
 // Limits of the frames that open a link, in bytes without their headers.
 const (
 	MaxName   = 64  // a job's identifier, or a site's name, in a preface
-	maxBody   = 512 // of HELLO, WELCOME and REFUSE: what a later version may grow to without another first read
+	maxBody   = 512 // of any such frame: what a later version may grow to without another first read
 	headSize  = 8
 	helloSize = 16
 )
 
-// Frames that open a link. All of them begin alike, so that ends of different versions still understand a refusal:
+// Frames that open a link. START goes both ways, for each end to measure the round trip between the runners. All of them begin alike, so that ends of different versions still understand a refusal:
 //
 //	magic "PGLK"   type (1)   reserved, 0 (1)   version (2)   body length (2)   body
 const (
 	frameHello   = 1
 	frameWelcome = 2
 	frameRefuse  = 3
+	frameStart   = 4
 )
 
 // Reasons in a REFUSE.
@@ -55,7 +56,7 @@ func newSessionID() (sessionID, error) {
 	return id, nil
 }
 
-// frame is a HELLO, WELCOME or REFUSE.
+// frame is a HELLO, WELCOME, REFUSE or START.
 type frame struct {
 	kind    byte
 	version uint16
@@ -84,7 +85,7 @@ func readFrame(r io.Reader) (frame, error) {
 	}
 	f := frame{kind: h[4], version: binary.BigEndian.Uint16(h[6:8])}
 	n := int(binary.BigEndian.Uint16(h[8:10]))
-	if [4]byte(h[:4]) != magic || h[5] != 0 || f.kind < frameHello || f.kind > frameRefuse || n > maxBody {
+	if [4]byte(h[:4]) != magic || h[5] != 0 || f.kind < frameHello || f.kind > frameStart || n > maxBody {
 		return frame{}, errNotLink
 	}
 	f.body = make([]byte, n)
@@ -103,11 +104,27 @@ func welcomeFrame(id sessionID) frame {
 	return frame{kind: frameWelcome, version: Version, body: id[:]}
 }
 
+func startFrame(id sessionID) frame {
+	return frame{kind: frameStart, version: Version, body: id[:]}
+}
+
+// readStart reads the START of session id.
+func readStart(r io.Reader, id sessionID) error {
+	f, err := readFrame(r)
+	if err != nil {
+		return noEOF(err)
+	}
+	if got, err := f.session(); err != nil || got != id || f.kind != frameStart || f.version != Version {
+		return errNotLink
+	}
+	return nil
+}
+
 func refuseFrame(reason byte) frame {
 	return frame{kind: frameRefuse, version: Version, body: []byte{reason}}
 }
 
-// session gives the session of a HELLO or WELCOME of this version.
+// session gives the session of a HELLO, WELCOME or START of this version.
 func (f frame) session() (sessionID, error) {
 	if len(f.body) != helloSize {
 		return sessionID{}, errNotLink

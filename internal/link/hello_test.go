@@ -5,9 +5,18 @@ import (
 	"io"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/pergolafl/pergola/internal/problem"
 )
+
+func TestFirstWindow(t *testing.T) {
+	for rtt, want := range map[time.Duration]uint32{0: minWindow, 100 * time.Microsecond: minWindow, 10 * time.Millisecond: 2_500_000, 100 * time.Millisecond: MaxWindow, time.Hour: MaxWindow} {
+		if got := firstWindow(rtt); got != want {
+			t.Errorf("firstWindow(%v) = %d, want %d", rtt, got, want)
+		}
+	}
+}
 
 func TestPreface(t *testing.T) {
 	longest := Peer{Job: strings.Repeat("j", MaxName), Site: strings.Repeat("s", MaxName)}
@@ -62,6 +71,7 @@ func FuzzReadFrame(f *testing.F) {
 	f.Add(appendFrame(nil, helloFrame(sessionID{1, 2, 3})))
 	f.Add(appendFrame(nil, welcomeFrame(sessionID{})))
 	f.Add(appendFrame(nil, refuseFrame(refuseVersion)))
+	f.Add(appendFrame(nil, startFrame(sessionID{9})))
 	f.Add(appendFrame(nil, frame{kind: frameHello, version: 65535, body: make([]byte, maxBody)}))
 	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -70,7 +80,7 @@ func FuzzReadFrame(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(fr.body) > maxBody || fr.kind < frameHello || fr.kind > frameRefuse {
+		if len(fr.body) > maxBody || fr.kind < frameHello || fr.kind > frameStart {
 			t.Errorf("read %+v", fr)
 		}
 		if again := appendFrame(nil, fr); !bytes.HasPrefix(b, again) || r.Len() != len(b)-len(again) {

@@ -4,6 +4,8 @@
 //	site runner ── Dial ═ TLS ═ hub: WritePreface, Splice ═ unix socket ═ Acceptor ── hub runner
 //	               HELLO{version, session} ──────────────────────▶
 //	               ◀────────────────── WELCOME{version, session} or REFUSE{version, reason}
+//	               ── START ────────────────────────────────────▶
+//	               ◀──────────────────────────────────── START ──
 //	               ◀═════════════ streams (yamux) ═══════════════▶
 //
 // A session is one transport long for now: what the transport loses ends it, with a link-lost problem. Its name is
@@ -122,17 +124,18 @@ func dialOnce(ctx context.Context, d Dialer, id sessionID, opts Options) (*Sessi
 		}
 		return nil, problem.Wrap(err, problem.LinkLost, "check that the hub runs and can be reached from this machine", "the other end of the link cannot be reached")
 	}
-	if err := greet(ctx, conn, id); err != nil {
+	rtt, err := greet(ctx, conn, id)
+	if err != nil {
 		return nil, errors.Join(err, ignoreClosed(conn.Close()))
 	}
-	return newSession(conn, true, opts.Peer, id)
+	return newSession(conn, true, opts.Peer, id, rtt)
 }
 
-// greet says HELLO and waits for the WELCOME.
-func greet(ctx context.Context, conn net.Conn, id sessionID) error {
+// greet says HELLO, waits for the WELCOME and measures the round trip.
+func greet(ctx context.Context, conn net.Conn, id sessionID) (time.Duration, error) {
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	lost := func(err error) error {
-		return problem.Wrap(noEOF(err), problem.LinkLost, "see the hub's log for why it closed the connection", "the other end of the link did not answer")
+	lost := func(err error) (time.Duration, error) {
+		return 0, problem.Wrap(noEOF(err), problem.LinkLost, "see the hub's log for why it closed the connection", "the other end of the link did not answer")
 	}
 	if err := conn.SetDeadline(time.Now().Add(handshakeWait)); err != nil {
 		return lost(err)
@@ -146,19 +149,28 @@ func greet(ctx context.Context, conn net.Conn, id sessionID) error {
 	}
 	switch {
 	case f.version != Version:
-		return versionProblem(f.version)
+		return 0, versionProblem(f.version)
 	case f.kind == frameRefuse && len(f.body) == 1 && f.body[0] == refusePeer:
-		return problem.New(problem.Denied, "see the log of the hub's runner", "the other end of the link refused this one")
+		return 0, problem.New(problem.Denied, "see the log of the hub's runner", "the other end of the link refused this one")
 	case f.kind != frameWelcome:
 		return lost(errNotLink)
 	}
 	if got, err := f.session(); err != nil || got != id {
 		return lost(errNotLink)
 	}
+	// Not HELLO and WELCOME: between those the hub may have waited for its runner.
+	began := time.Now()
+	if _, err := conn.Write(appendFrame(nil, startFrame(id))); err != nil {
+		return lost(err)
+	}
+	if err := readStart(conn, id); err != nil {
+		return lost(err)
+	}
+	rtt := time.Since(began)
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return lost(err)
 	}
-	return nil
+	return rtt, nil
 }
 
 // Acceptor is the hub runner's end: it makes sessions of the connections that the hub splices to its socket.
@@ -275,10 +287,18 @@ func (a *Acceptor) welcome(ctx context.Context, conn net.Conn) (s *Session, err 
 	if _, err := conn.Write(appendFrame(nil, welcomeFrame(id))); err != nil {
 		return nil, fmt.Errorf("welcome %s: %w", peer.Site, err)
 	}
+	began := time.Now()
+	if err := readStart(conn, id); err != nil {
+		return nil, fmt.Errorf("read the START of %s: %w", peer.Site, err)
+	}
+	rtt := time.Since(began)
+	if _, err := conn.Write(appendFrame(nil, startFrame(id))); err != nil {
+		return nil, fmt.Errorf("start %s: %w", peer.Site, err)
+	}
 	if err := conn.SetDeadline(time.Time{}); err != nil {
 		return nil, err
 	}
-	s, err = newSession(conn, false, peer, id)
+	s, err = newSession(conn, false, peer, id, rtt)
 	if err != nil {
 		return nil, err
 	}

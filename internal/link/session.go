@@ -16,14 +16,17 @@ import (
 )
 
 const (
-	// MaxWindow is how many bytes of one stream may be on their way: 1 Gbit/s × 100 ms is 12.5 MB. Streams start
-	// with 256 KiB and grow as they need.
+	// MaxWindow is how many bytes of one stream may be on their way: 1 Gbit/s × 100 ms is 12.5 MB.
 	MaxWindow = 16 << 20
+	// minWindow is the multiplexer's least.
+	minWindow = 256 << 10
+	// lineRate is what one stream should be able to fill, in bytes per second: 1 Gbit/s.
+	lineRate = 125e6
 	// windowBudget bounds what the windows of one session may grow in total beyond their start, in bytes: two streams
 	// at full width, so that many readers that stall cannot fill the machine's memory.
 	windowBudget = 32 << 20
 	// MaxStreams is how many streams the other end may have open at a time; further ones are reset.
-	MaxStreams = 8192
+	MaxStreams = 4096
 	// backlog is how many streams may wait for Accept; the end that opens waits when there are more.
 	backlog = 1024
 	// orphanWait is how long the other end of a closed stream may take to end its half before it is reset.
@@ -48,11 +51,12 @@ type Session struct {
 	ended   bool // guarded by mu: nothing new may run
 }
 
-func newSession(conn net.Conn, client bool, peer Peer, id sessionID) (*Session, error) {
+func newSession(conn net.Conn, client bool, peer Peer, id sessionID, rtt time.Duration) (*Session, error) {
 	c := yamux.DefaultConfig()
 	c.AcceptBacklog = backlog
 	c.MaxIncomingStreams = MaxStreams
 	c.MaxStreamWindowSize = MaxWindow
+	c.InitialStreamWindowSize = firstWindow(rtt)
 	c.ReadBufSize = 32 << 10
 	c.LogOutput = io.Discard // what it would say is in Err
 	// Its own keep-alive takes a full send buffer on a slow path for a dead peer; see transport and keepAlive.
@@ -71,6 +75,14 @@ func newSession(conn net.Conn, client bool, peer Peer, id sessionID) (*Session, 
 	s.running.Go(s.keepAlive)
 	s.running.Go(s.acceptLoop)
 	return s, nil
+}
+
+// firstWindow is what streams start with over a path of that round trip: on a machine or in a house little, so that
+// a reader that stalls holds little memory. Twice what is on the way, as room is announced by halves of the window.
+// Growing later is no substitute: in go-yamux 5.1.0 each doubling loses half of the old window, since the room made
+// before it is never announced (Stream.sendWindowUpdate overwrites delta), so a window that grew is half as wide.
+func firstWindow(rtt time.Duration) uint32 {
+	return uint32(min(max(2*lineRate*rtt.Seconds(), minWindow), MaxWindow))
 }
 
 // Peer gives the other end.
