@@ -11,11 +11,12 @@ import (
 
 // failure is what a resolver's or installer's words mean.
 type failure struct {
-	kind    string // one of the constants below
-	pkg     string // for kindUnknown, kindVersion, kindBuild
-	want    string // for kindVersion: "flwr==9.9.9"
-	offered []string
-	said    string // the words that matter, on one line
+	kind    string   // one of the constants below
+	pkg     string   // the package that it is about, canonical; "" if not known
+	want    string   // what is asked of it: "flwr==9.9.9", or for kindPython the versions: ">=3.11"
+	by      string   // what asks for it: "flwr==1.42.0", or "" for the app itself
+	offered []string // versions that exist
+	said    string   // the words that matter, on one line
 }
 
 const (
@@ -33,74 +34,135 @@ const (
 var (
 	indexRE = regexp.MustCompile(`(?i)failed to fetch|request failed after|error sending request|dns error|failed to lookup address|name resolution|` +
 		`connection refused|connection reset|connection broken|connect timeout|read timed out|network is unreachable|could not connect|` +
-		`operation timed out|failed to establish a new connection|SSLError|certificate verify failed|invalid peer certificate|proxyerror|tunnel error|` +
+		`operation timed out|failed to establish a new connection|SSLError|network was disabled|Error, Credentials not correct|certificate verify failed|invalid peer certificate|proxyerror|tunnel error|` +
 		`network connectivity is disabled|50[0234] (?:server error|bad gateway|service unavailable|gateway time)|403 (?:client error|forbidden)|401 (?:client error|unauthorized)|HTTP error 5\d\d`)
-	// uv: Because NAME was not found in the package registry; pip: Could not find … NAME (from versions: none)
-	unknownUV  = regexp.MustCompile(`Because (\S+?) was not found in the (?:package registry|provided package locations|cache)`)
-	unknownPip = regexp.MustCompile(`Could not find a version that satisfies the requirement (\S+?)(?:[<>=!~;\s\[].*?)?\(from versions: none\)`)
-	versionUV  = regexp.MustCompile(`there (?:is|are) no versions? of (\S+?)(?:\[[^\]]*\])?((?:==|>=|<=|>|<|~=|!=)\S+?|) and `)
-	onlyUV     = regexp.MustCompile(`only (?:the following versions of )?(\S+?)(?:\[[^\]]*\])?((?:==|>=|<=|>|<)\S+) (?:is|are) available`)
-	versionPip = regexp.MustCompile(`Could not find a version that satisfies the requirement (\S+?)(?:\[[^\]]*\])?((?:==|>=|<=|>|<|~=|!=)\S+)[^(]*(?:\(from \S+\) )?\(from versions: ([^)]*)\)`)
-	pythonRE   = regexp.MustCompile(`(?i)(?:current|requested) Python version \([^)]*\) does not satisfy|requires a different Python|Ignored the following versions that require a different python`)
-	pythonPkg  = regexp.MustCompile(`and (\S+?)(?:==|>=|<=|>|<)\S* depends on Python|Package '([^']+)' requires a different Python`)
+	unknownUV  = regexp.MustCompile(`^(\S+?) was not found in the (?:package registry|provided package locations|cache)`)
+	versionUV  = regexp.MustCompile(`^there (?:is|are) no versions? of (\S+)`)
+	onlyUV     = regexp.MustCompile(`^only (?:the following versions of )?(\S+) (?:is|are) available(?:: (.*?) and )?`)
+	directUV   = regexp.MustCompile(` and you require (\S+)`)
+	byUV       = regexp.MustCompile(` and (\S+) depends on (\S+)`)
+	pythonUV   = regexp.MustCompile(`^the (?:current|requested) Python version \([^)]*\) does not satisfy Python(\S+) and (\S+) depends on`)
+	versionPip = regexp.MustCompile(`Could not find a version that satisfies the requirement (\S+)(?: \(from (?:versions: ([^)]*)|([^)]*))\))+`)
+	pythonPip  = regexp.MustCompile(`(?:Package '([^']+)' requires a different Python: \S+ not in '([^']+)')`)
+	specBegins = regexp.MustCompile(`[\[<>=!~]`)
 	clashRE    = regexp.MustCompile(`(?i)No solution found|ResolutionImpossible|conflicting dependencies|No matching distribution`)
 	hashRE     = regexp.MustCompile(`(?i)hash mismatch|DO NOT MATCH THE HASHES`)
 	buildRE    = regexp.MustCompile("(?i)Failed to build `?([^`\\s]+)`?|Failed to download and build `?([^`\\s]+)`?|Failed building wheel for (\\S+)|metadata-generation-failed|no wheels? with a matching|has no usable wheels|subprocess-exited-with-error")
 )
 
+// bareName cuts the extras and versions off.
+func bareName(req string) string {
+	if at := specBegins.FindStringIndex(req); at != nil {
+		req = req[:at[0]]
+	}
+	return canonical(strings.Trim(req, "`'\".,:;()"))
+}
+
+// classify finds the meaning in what uv or pip said. Their words are no interface, so whatever is not recognised stays
+// kindOther and is shown as it is.
 func classify(said string) failure {
-	// uv folds its sentences to the width of a terminal and draws a tree before them.
+	// uv may fold its sentences and draw a tree before them.
 	flat := strings.Join(strings.Fields(strings.NewReplacer("×", " ", "╰─▶", " ", "├─▶", " ", "│", " ").Replace(said)), " ")
 	f := failure{said: lastLines(said, 12)}
-	m := func(re *regexp.Regexp) []string { return re.FindStringSubmatch(flat) }
-	first := func(groups []string) string {
-		for _, g := range groups[1:] {
-			if g != "" {
-				return strings.Trim(g, "`'\".,:")
-			}
-		}
-		return ""
-	}
 	switch {
 	case full(nil, flat):
 		f.kind = kindFull
+		return f
 	case hashRE.MatchString(flat):
 		f.kind = kindHash
-	// Before the names: pip goes on to say "from versions: none" when it could not ask.
-	case indexRE.MatchString(flat):
+		return f
+	case indexRE.MatchString(flat): // before the names: pip goes on to say "from versions: none" when it could not ask
 		f.kind = kindIndex
-	case unknownUV.MatchString(flat):
-		f.kind, f.pkg = kindUnknown, first(m(unknownUV))
-	case unknownPip.MatchString(flat):
-		f.kind, f.pkg = kindUnknown, first(m(unknownPip))
-	case versionPip.MatchString(flat):
-		g := m(versionPip)
-		f.kind, f.pkg, f.want = kindVersion, g[1], g[1]+g[2]
-		for _, v := range strings.Split(g[3], ",") {
-			f.offered = append(f.offered, strings.TrimSpace(v))
+		return f
+	}
+	// uv's proof begins with a fact: "Because FACT and you require X, we can conclude that …".
+	if _, proof, ok := strings.Cut(flat, "Because "); ok {
+		proof, _, _ = strings.Cut(proof, ", we can conclude")
+		if f.proof(proof) {
+			return f
 		}
-		// pip hides the versions that want another Python and says so first.
-		if pythonRE.MatchString(flat) && strings.Contains(flat, strings.TrimLeft(g[2], "=")+" Requires-Python") {
-			f.kind = kindPython
+	}
+	if f.pip(flat) {
+		return f
+	}
+	if m := buildRE.FindStringSubmatch(flat); m != nil {
+		f.kind = kindBuild
+		for _, g := range m[1:] {
+			if g != "" {
+				f.pkg = bareName(g)
+			}
 		}
-	case versionUV.MatchString(flat):
-		g := m(versionUV)
-		f.kind, f.pkg, f.want = kindVersion, g[1], g[1]+g[2]
-	case onlyUV.MatchString(flat):
-		g := m(onlyUV)
-		f.kind, f.pkg, f.offered = kindVersion, g[1], []string{strings.TrimLeft(g[2], "<>=")}
-	case pythonRE.MatchString(flat):
-		f.kind = kindPython
-		if g := m(pythonPkg); g != nil {
-			f.pkg = first(g)
-		}
-	case buildRE.MatchString(flat):
-		f.kind, f.pkg = kindBuild, first(m(buildRE))
-	case clashRE.MatchString(flat):
+		return f
+	}
+	if clashRE.MatchString(flat) {
 		f.kind = kindClash
 	}
-	f.pkg = canonical(f.pkg)
 	return f
+}
+
+// proof reads the first step of uv's reasoning.
+func (f *failure) proof(text string) bool {
+	if m := pythonUV.FindStringSubmatch(text); m != nil {
+		f.kind, f.pkg, f.want, f.by = kindPython, bareName(m[2]), m[1], m[2]
+		return true
+	}
+	switch {
+	case unknownUV.MatchString(text):
+		f.kind, f.pkg = kindUnknown, bareName(unknownUV.FindStringSubmatch(text)[1])
+		f.want = f.pkg
+	case versionUV.MatchString(text):
+		m := versionUV.FindStringSubmatch(text)
+		f.kind, f.pkg, f.want = kindVersion, bareName(m[1]), m[1]
+	case onlyUV.MatchString(text):
+		m := onlyUV.FindStringSubmatch(text)
+		f.kind, f.pkg, f.want = kindVersion, bareName(m[1]), m[1]
+		for _, known := range append(strings.Fields(m[2]), m[1]) { // "only numpy<=2.5.5": that one is there
+			if at := strings.LastIndexAny(known, "<>="); at >= 0 {
+				f.offered = append(f.offered, known[at+1:])
+			}
+		}
+	default:
+		return false
+	}
+	if m := directUV.FindStringSubmatch(text); m != nil {
+		f.want = m[1]
+	} else if m := byUV.FindStringSubmatch(text); m != nil {
+		f.by, f.want = m[1], m[2]
+	}
+	return true
+}
+
+// pip reads pip's complaint about one requirement.
+func (f *failure) pip(flat string) bool {
+	if m := pythonPip.FindStringSubmatch(flat); m != nil {
+		f.kind, f.pkg, f.want, f.by = kindPython, bareName(m[1]), m[2], m[1]
+		return true
+	}
+	m := versionPip.FindStringSubmatch(flat)
+	if m == nil {
+		return false
+	}
+	f.kind, f.pkg, f.want, f.by = kindVersion, bareName(m[1]), m[1], m[3]
+	if strings.HasPrefix(f.by, "-r ") {
+		f.by = ""
+	}
+	if strings.TrimSpace(m[2]) == "none" || m[2] == "" {
+		f.kind, f.want = kindUnknown, f.pkg
+	} else {
+		for _, v := range strings.Split(m[2], ",") {
+			f.offered = append(f.offered, strings.TrimSpace(v))
+		}
+	}
+	// Versions for other Pythons are hidden by pip, which says so first: "1.41.0 Requires-Python >=3.11,<4.0; 1.42.0 …".
+	if _, number, ok := strings.Cut(m[1], "=="); ok {
+		if _, tail, ok := strings.Cut(flat, " "+number+" Requires-Python "); ok {
+			f.kind, f.by = kindPython, m[1]
+			if f.want, _, _ = strings.Cut(tail, ";"); strings.Contains(f.want, "ERROR") {
+				f.want, _, _ = strings.Cut(f.want, " ERROR")
+			}
+		}
+	}
+	return true
 }
 
 // words is the failure as an error for the chain: what the program said.
@@ -124,26 +186,31 @@ func (f failure) resolveFailed(cacheDir string, in Interpreter) error {
 		return diskFull(err, cacheDir)
 	case kindIndex:
 		return problem.Wrap(err, problem.EnvBuildFailed, indexNext, "the package index could not be asked for the app's dependencies")
-	case kindUnknown:
+	case kindUnknown, kindVersion:
+		if f.by != "" { // not what the app asks for, but what that asks for
+			code := problem.EnvBuildFailed
+			if isFlwr(bareName(f.by)) {
+				code = problem.FlwrUnavailable
+			}
+			return problem.Wrap(err, code, "name another version of "+bareName(f.by)+", or an index that has what it needs", "%s cannot be installed: it needs %s, which the package index does not have", f.by, f.want)
+		}
+		if f.kind == kindVersion && isFlwr(f.pkg) {
+			return problem.Wrap(err, problem.FlwrUnavailable, f.choose("--flwr or the app's dependencies"), "there is no %s", f.want)
+		}
+		if f.kind == kindVersion {
+			return problem.Wrap(err, problem.DependencyMissing, f.choose("the app's dependencies"), "there is no %s", f.want)
+		}
 		if isFlwr(f.pkg) {
 			return problem.Wrap(err, problem.FlwrUnavailable, "check which index or wheel folder is set (UV_*, PIP_*)", "the package index has no %s", f.pkg)
 		}
 		return problem.Wrap(err, problem.DependencyMissing, "correct its name in the app's dependencies, or name the index that has it (UV_INDEX, PIP_EXTRA_INDEX_URL)",
 			"the package index has no package named %q", f.pkg)
-	case kindVersion:
-		what := f.want
-		if what == "" {
-			what = "the wanted version of " + f.pkg
-		}
-		if isFlwr(f.pkg) {
-			return problem.Wrap(err, problem.FlwrUnavailable, f.choose("--flwr or the app's dependencies"), "there is no %s", what)
-		}
-		return problem.Wrap(err, problem.DependencyMissing, f.choose("the app's dependencies"), "there is no %s", what)
 	case kindPython:
+		code, next := problem.EnvBuildFailed, "name another interpreter with --python, or change the app's dependencies"
 		if isFlwr(f.pkg) {
-			return problem.Wrap(err, problem.FlwrUnavailable, "name another version with --flwr, or another interpreter with --python", "this flwr does not go with Python %s", in.Version)
+			code, next = problem.FlwrUnavailable, "name another interpreter with --python, or another version with --flwr"
 		}
-		return problem.Wrap(err, problem.EnvBuildFailed, "name another interpreter with --python, or change the app's dependencies", "the app's dependencies do not go with Python %s", in.Version)
+		return problem.Wrap(err, code, next, "%s needs Python %s, and %s is %s", f.by, f.want, in.Path, in.Version)
 	case kindBuild:
 		return problem.Wrap(err, problem.EnvBuildFailed, "choose a version that has a wheel for this Python, or install what its build needs", "%s could not be built from source", orElse(f.pkg, "a dependency"))
 	case kindClash:
@@ -172,7 +239,13 @@ func orElse(s, other string) string {
 // installFailed makes the problem that a failed installation of what is.
 func installFailed(r result, dir, what string) error {
 	f := classify(r.output())
+	if f.said == "" {
+		f.said = r.exit.String()
+	}
 	err := f.words()
+	if r.exit.OOM {
+		return problem.Wrap(err, problem.OutOfMemory, "give this machine or container more memory", "the kernel ended the installer of %s for want of memory", what)
+	}
 	switch f.kind {
 	case kindFull:
 		return diskFull(err, dir)

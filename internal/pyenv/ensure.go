@@ -71,7 +71,7 @@ func Ensure(ctx context.Context, cacheDir string, in Interpreter, lock Lock, opt
 	key := envKey(in, lock)
 	// 24 digits keep the path short: it stands in the first line of every program, which old kernels cut at 127 bytes.
 	dir := filepath.Join(cacheDir, "envs", key[:24])
-	env := Env{Dir: dir, Python: filepath.Join(dir, "bin", "python"), Bin: filepath.Join(dir, "bin"), Flwr: lock.Flwr, Key: key}
+	env := Env{Dir: dir, Python: filepath.Join(dir, "bin", "python"), Bin: filepath.Join(dir, "bin"), Flwr: lock.flwrFor(in), Key: key}
 	usable := func() bool { return complete(dir, key) && executable(env.Python) }
 	if usable() {
 		return env, nil

@@ -97,6 +97,10 @@ func cleanEnv(extra []string) environment {
 		"PIP_NO_INPUT": "1", "PIP_NO_COLOR": "1", "PIP_PROGRESS_BAR": "off", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_USER": "0",
 		"GIT_TERMINAL_PROMPT": "0", "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace",
 	})
+	// Without a retry pip says "no such package" when it could not ask; with its five it takes half a minute to say so.
+	if env["PIP_RETRIES"] == "" || env["PIP_RETRIES"] == "0" {
+		env["PIP_RETRIES"] = "2"
+	}
 	return env
 }
 

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -153,21 +154,30 @@ func resolve(ctx context.Context, cacheDir string, in Interpreter, req Requireme
 	if err != nil {
 		return Lock{}, err
 	}
-	pins, err := readLock(text)
-	if err != nil {
+	if _, err := readLock(text); err != nil {
 		return Lock{}, problem.Wrap(err, problem.Internal, "please report this with the app's dependencies", "the resolver's lock cannot be read")
 	}
 	lock := Lock{Text: text, Python: in.Version}
-	env := in.markerEnv()
-	for _, p := range pins {
-		if isFlwr(p.name) && p.wanted(env) {
-			lock.Flwr = p.version()
-		}
-	}
-	if lock.Flwr == "" {
+	if lock.Flwr = lock.flwrFor(in); lock.Flwr == "" {
 		return Lock{}, problem.New(problem.FlwrUnavailable, "remove the marker from flwr in the app's dependencies", "the app's dependencies leave flwr out for Python %s", in.Version)
 	}
 	return lock, nil
+}
+
+// flwrFor gives the version of flwr that the lock has for in: a universal lock may have several. It reads the one or two
+// lines that matter, since it is on the way of every start.
+func (l Lock) flwrFor(in Interpreter) string {
+	for line := range strings.Lines(l.Text) {
+		if !strings.HasPrefix(line, "flwr") {
+			continue
+		}
+		line, _, _ = strings.Cut(line, " --hash=")
+		r, err := parseRequirement(strings.TrimRight(line, "\\ \r\n"))
+		if err == nil && isFlwr(r.name) && r.wanted(in.markerEnv()) {
+			return pin{requirement: r}.version()
+		}
+	}
+	return l.Flwr
 }
 
 // uvLock resolves with uv, as universally as the packages allow.
@@ -177,10 +187,9 @@ func (t tool) uvLock(ctx context.Context, dir, cacheDir string, in Interpreter, 
 		return "", problem.New(problem.PythonUnsuitable, pythonNext, "%q is no version of Python", in.Version)
 	}
 	own := v.minor()
-	low := floor(req.RequiresPython, own)
-	attempts := [][]string{{"--universal", "--python-version", low}}
-	if low != own {
-		attempts = append(attempts, []string{"--universal", "--python-version", own})
+	var attempts [][]string
+	for _, minor := range minorsBetween(floor(req.RequiresPython, own), own) {
+		attempts = append(attempts, []string{"--universal", "--python-version", minor})
 	}
 	attempts = append(attempts, nil)
 	var f failure
@@ -190,23 +199,54 @@ func (t tool) uvLock(ctx context.Context, dir, cacheDir string, in Interpreter, 
 			return "", err
 		}
 		if r.ok() {
+			// Two parts of Flower in different versions may not understand one another, so a lock must have one.
+			if i < len(attempts)-1 && flwrVersions(r.stdout) > 1 {
+				opt.log("the oldest Python that the app allows would get another flwr; locking for newer ones")
+				continue
+			}
 			return r.stdout, nil
 		}
 		// What no other set of Python versions can change is final.
-		if f = classify(r.output()); f.kind == kindFull || f.kind == kindIndex || f.kind == kindUnknown || f.kind == kindVersion && f.want != "" && strings.Contains(f.want, "==") {
+		if f = classify(r.output()); f.kind == kindFull || f.kind == kindIndex || f.kind == kindUnknown || f.kind == kindVersion && f.by == "" && strings.Contains(f.want, "==") {
 			break
 		}
 		if i < len(attempts)-1 {
 			opt.log("no lock holds for every Python that the app allows; trying for fewer")
 		}
 	}
-	if f.kind == kindVersion && isFlwr(f.pkg) && len(f.offered) == 0 {
+	if f.kind == kindVersion && f.by == "" && len(f.offered) == 0 {
 		f.offered = t.nearest(ctx, dir, in, f.want)
 	}
 	if ctx.Err() != nil {
 		return "", context.Cause(ctx)
 	}
 	return "", f.resolveFailed(cacheDir, in)
+}
+
+// minorsBetween gives the minor versions of Python from low up to own.
+func minorsBetween(low, own string) []string {
+	var list []string
+	for v := low; v != own && len(list) < 10; {
+		list = append(list, v)
+		major, minor, _ := strings.Cut(v, ".")
+		n, err := strconv.Atoi(minor)
+		if err != nil {
+			break
+		}
+		v = major + "." + strconv.Itoa(n+1)
+	}
+	return append(list, own)
+}
+
+var flwrLineRE = regexp.MustCompile(`(?m)^flwr(?:-nightly)?==([^\s;\\]+)`)
+
+// flwrVersions counts the versions of flwr in a lock.
+func flwrVersions(text string) int {
+	seen := map[string]bool{}
+	for _, m := range flwrLineRE.FindAllStringSubmatch(text, -1) {
+		seen[m[1]] = true
+	}
+	return len(seen)
 }
 
 func (t tool) uvCompile(ctx context.Context, dir string, in Interpreter, opt Options, args []string) (result, error) {
@@ -227,7 +267,8 @@ const nearestTimeout = 20 * time.Second
 func (t tool) nearest(ctx context.Context, dir string, in Interpreter, want string) []string {
 	ctx, cancel := context.WithTimeout(ctx, nearestTimeout)
 	defer cancel()
-	name, number, ok := strings.Cut(want, "==")
+	_, number, ok := strings.Cut(want, "==")
+	name := bareName(want)
 	if v, good := parseVersion(number); !ok || !good {
 		return nil
 	} else {
@@ -280,7 +321,7 @@ func (t tool) pipLock(ctx context.Context, dir, cacheDir string, in Interpreter,
 	}
 	if !r.ok() {
 		f := classify(r.output())
-		if f.kind == kindVersion {
+		if f.kind == kindVersion && f.by == "" {
 			_, number, _ := strings.Cut(f.want, "==")
 			f.offered = nearestOf(number, f.offered)
 		}
