@@ -129,7 +129,7 @@ type usage struct {
 
 // How far the walk goes on beyond the limit on files, to say which folder it is that is too big, before
 // it is content to say "at least": somebody who gives / waits a second, not minutes.
-const walkFactor = 5
+const walkFactor = 3
 
 // walk lists the app's files by what the directories say of them; it reads no file. Entries have no digests yet.
 func walk(root *os.Root, abs string, exclude []string, lim Limits) ([]Entry, error) {
@@ -206,7 +206,7 @@ func (w *walker) list(name string) (subdirs []string, kept bool) {
 			if w.excluded(p, de.Name(), de.IsDir(), name == ".") {
 				continue
 			}
-			info, err := w.root.Lstat(filepath.FromSlash(p))
+			info, err := de.Info()
 			switch {
 			case errors.Is(err, fs.ErrNotExist): // gone since
 				continue
