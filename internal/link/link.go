@@ -104,7 +104,7 @@ func Dial(ctx context.Context, d Dialer, opts Options) (*Session, error) {
 			return nil, err
 		}
 		// Half of the pause is left to chance, so that many ends do not come back in step.
-		pause := min(wait/2+rand.N(wait/2), left)
+		pause := min(wait/2+rand.N(wait/2), left) //nolint:gosec // a pause is no secret
 		opts.log().Info("link: try again", "in", pause, "because", err)
 		t := time.NewTimer(pause)
 		select {
@@ -360,7 +360,7 @@ func Splice(ctx context.Context, a, b net.Conn) error {
 
 // pump copies until from ends (nil) or either fails.
 func pump(from, to net.Conn, ended <-chan struct{}) error {
-	b := buffers.Get().(*[spliceBuffer]byte)
+	b := buffers.Get().(*[spliceBuffer]byte) //nolint:errcheck // the pool holds nothing else
 	defer buffers.Put(b)
 	for {
 		select {

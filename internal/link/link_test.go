@@ -170,7 +170,7 @@ func TestRefusals(t *testing.T) {
 		if err != nil || f.kind != frameRefuse || f.version != Version || f.body[0] != refuseVersion {
 			t.Errorf("answered %+v, %v", f, err)
 		}
-		if _, err := c.Read(make([]byte, 1)); err != io.EOF {
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
 			t.Errorf("then %v, want the end", err)
 		}
 	})

@@ -139,11 +139,14 @@ func (e end) Close() error {
 	set(e.out, func() { e.out.closed = true })
 	return nil
 }
+
 func (e end) SetReadDeadline(t time.Time) error { set(e.in, func() { e.in.readBy = t }); return nil }
+
 func (e end) SetWriteDeadline(t time.Time) error {
 	set(e.out, func() { e.out.writeBy = t })
 	return nil
 }
+
 func (e end) SetDeadline(t time.Time) error {
 	return errors.Join(e.SetReadDeadline(t), e.SetWriteDeadline(t))
 }
@@ -364,7 +367,11 @@ func TestWholeWay(t *testing.T) {
 				return
 			}
 			wg.Go(func() {
-				conn := c.(*tls.Conn)
+				conn, ok := c.(*tls.Conn)
+				if !ok {
+					t.Errorf("the port gave a %T", c)
+					return
+				}
 				if err := conn.HandshakeContext(ctx); err != nil {
 					conn.Close()
 					return

@@ -266,8 +266,10 @@ func (st *stream) Write(b []byte) (int, error) {
 	return n, mapErr(err)
 }
 
+// CloseWrite ends this end's half.
 func (st *stream) CloseWrite() error { return mapErr(st.y.CloseWrite()) }
 
+// Reset ends both halves at once.
 func (st *stream) Reset() error { return mapErr(st.y.Reset()) }
 
 // Close behaves as TCP's: what was written is delivered, readers are woken, and a peer that writes on is reset instead
@@ -288,18 +290,27 @@ func (st *stream) Close() error {
 
 // orphaned waits for the peer's end of a closed stream.
 func (st *stream) orphaned() {
-	st.reading.Lock() // the last reader has been woken
-	defer st.reading.Unlock()
+	st.reading.Lock()   // the last reader has been woken; later ones see that the stream is closed
+	st.reading.Unlock() //nolint:staticcheck // an empty section on purpose: holding it would make them wait
 	_ = st.y.SetReadDeadline(time.Now().Add(orphanWait))
 	if _, err := st.y.Read(make([]byte, 1)); err != io.EOF { //nolint:errorlint // see mapErr: a reset may wrap one
 		_ = st.y.Reset()
 	}
 }
 
-func (st *stream) LocalAddr() net.Addr                { return st.y.LocalAddr() }
-func (st *stream) RemoteAddr() net.Addr               { return st.y.RemoteAddr() }
-func (st *stream) SetDeadline(t time.Time) error      { return st.y.SetDeadline(t) }
-func (st *stream) SetReadDeadline(t time.Time) error  { return st.y.SetReadDeadline(t) }
+// LocalAddr gives the transport's address.
+func (st *stream) LocalAddr() net.Addr { return st.y.LocalAddr() }
+
+// RemoteAddr gives the transport's other address.
+func (st *stream) RemoteAddr() net.Addr { return st.y.RemoteAddr() }
+
+// SetDeadline sets both deadlines.
+func (st *stream) SetDeadline(t time.Time) error { return st.y.SetDeadline(t) }
+
+// SetReadDeadline is net.Conn's.
+func (st *stream) SetReadDeadline(t time.Time) error { return st.y.SetReadDeadline(t) }
+
+// SetWriteDeadline is net.Conn's.
 func (st *stream) SetWriteDeadline(t time.Time) error { return st.y.SetWriteDeadline(t) }
 
 // mapErr gives the errors of this package for the multiplexer's. Only io.EOF itself is the end of a stream: the reset
@@ -351,6 +362,7 @@ func (h *share) ReserveMemory(size int, prio uint8) error {
 	return nil
 }
 
+// ReleaseMemory gives some of it back.
 func (h *share) ReleaseMemory(size int) {
 	h.b.mu.Lock()
 	defer h.b.mu.Unlock()
@@ -358,6 +370,7 @@ func (h *share) ReleaseMemory(size int) {
 	h.held -= size
 }
 
+// Done gives all of it back.
 func (h *share) Done() {
 	h.b.mu.Lock()
 	defer h.b.mu.Unlock()

@@ -26,7 +26,7 @@ type transport struct {
 func (t *transport) Read(b []byte) (int, error) {
 	if now := time.Now(); now.Sub(t.heard) > time.Second {
 		t.heard = now
-		if err := t.Conn.SetReadDeadline(now.Add(Silence)); err != nil {
+		if err := t.SetReadDeadline(now.Add(Silence)); err != nil {
 			return 0, err
 		}
 	}

@@ -81,7 +81,7 @@ func join(ctx context.Context, conn net.Conn, s Stream) {
 
 // carry copies until from ends (nil) or either fails.
 func carry(from io.Reader, to io.Writer) error {
-	b := buffers.Get().(*[bufferSize]byte)
+	b := buffers.Get().(*[bufferSize]byte) //nolint:errcheck // the pool holds nothing else
 	defer buffers.Put(b)
 	for {
 		n, err := from.Read(b[:])

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"sync"
 	"syscall"
 	"testing"
@@ -121,7 +122,12 @@ func (c *chain) connect(t *testing.T) (near, far *net.TCPConn) {
 	// A test that hangs says where.
 	_ = a.SetDeadline(time.Now().Add(time.Minute))
 	_ = b.SetDeadline(time.Now().Add(time.Minute))
-	return a.(*net.TCPConn), b.(*net.TCPConn)
+	near, ok := a.(*net.TCPConn)
+	far, ok2 := b.(*net.TCPConn)
+	if !ok || !ok2 {
+		t.Fatalf("not TCP: %T, %T", a, b)
+	}
+	return near, far
 }
 
 func wantReset(t *testing.T, who string, c net.Conn) {
@@ -361,13 +367,14 @@ func TestThousandsOfShortConnections(t *testing.T) {
 		wg.Go(func() {
 			for i := range each {
 				want := bytes.Repeat([]byte{byte(w), byte(i)}, 1+i)
-				a, err := net.Dial("tcp", c.addr)
+				d := &net.Dialer{}
+				a, err := d.DialTCP(t.Context(), "tcp", netip.AddrPort{}, netip.MustParseAddrPort(c.addr))
 				if err != nil {
 					t.Error(err)
 					return
 				}
 				_, err = a.Write(want)
-				err = errors.Join(err, a.(*net.TCPConn).CloseWrite())
+				err = errors.Join(err, a.CloseWrite())
 				got, rerr := io.ReadAll(a)
 				a.Close()
 				if err = errors.Join(err, rerr); err != nil || !bytes.Equal(got, want) {
