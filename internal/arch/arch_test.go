@@ -70,7 +70,12 @@ var layer = map[string]int{
 // beside lists the imports within a layer that are meant: each is a part that cannot be thought of
 // without the other, never a convenience.
 var beside = map[string]bool{
-	"api job":               true,
+	"api job":               true, // it has the wire's forms of what job has
+	"hub runner":            true, // each starts runners and reads their journals;
+	"site runner":           true, // a runner knows neither
+	"localrun hub":          true, // it writes the configuration that the processes it starts read
+	"localrun site":         true,
+	"localrun runner":       true, // the leash by which runners end with it
 	"store job":             true, // a store keeps jobs
 	"store/sqlite job":      true,
 	"store/sqlite store":    true, // an implementation knows its interface
@@ -185,6 +190,31 @@ func TestComplaints(t *testing.T) {
 	} {
 		if got := complaints(c.name, c.imports); len(got) != c.want {
 			t.Errorf("%s: %d complaints, want %d: %q", c.about, len(got), c.want, got)
+		}
+	}
+}
+
+// A listed pair is one way, and still there: the list is no place for what was once needed.
+func TestBesideIsOneWay(t *testing.T) {
+	imports := map[string]bool{}
+	known := map[string]bool{}
+	for _, p := range packages(t, "./internal/...") {
+		name := strings.TrimPrefix(p.ImportPath, inside)
+		known[name] = true
+		for _, path := range p.Imports {
+			imports[name+" "+strings.TrimPrefix(path, inside)] = true
+		}
+	}
+	for pair := range beside {
+		from, to, _ := strings.Cut(pair, " ")
+		if beside[to+" "+from] {
+			t.Errorf("%s and %s may import each other", from, to)
+		}
+		if layer[from] != layer[to] {
+			t.Errorf("%s and %s are in different layers: the pair says nothing", from, to)
+		}
+		if known[from] && known[to] && !imports[pair] {
+			t.Errorf("%s does not import %s any more: take the pair out", from, to)
 		}
 	}
 }
