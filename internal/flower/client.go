@@ -2,15 +2,21 @@ package flower
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"net"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/pelletier/go-toml/v2"
 
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/proc"
@@ -66,9 +72,13 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 		}
 	}
 	c := &Client{done: make(chan struct{})}
-	c.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.IP, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError)
-	if err != nil {
+	if c.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.IP, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError); err != nil {
 		return nil, err
+	}
+	if caps.Generation == GenDriver {
+		if err := linkApp(cfg.AppDir, cfg.FlwrHome); err != nil {
+			return nil, err
+		}
 	}
 	ports, _, err := freePorts(cfg.IP, 1, 0)
 	if err != nil {
@@ -114,6 +124,38 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 		c.party.ended(ProgramSupernode, c.node)
 	}()
 	return c, nil
+}
+
+// linkApp makes the app known as an installed one. A supernode of this generation runs the app from the
+// directory that it was given, but takes its run config from the installed app alone
+// (flwr/common/config.py, get_fused_config, 1.11 and 1.12), and gives the client app an empty one without.
+func linkApp(appDir, home string) error {
+	raw, err := readText(filepath.Join(appDir, "pyproject.toml"))
+	if err != nil {
+		return problem.Wrap(err, problem.AppInvalid, "stage the app first", "the staged app has no pyproject.toml")
+	}
+	var doc map[string]any
+	if err := toml.Unmarshal(raw, &doc); err != nil {
+		return tomlProblem(filepath.Join(appDir, "pyproject.toml"), err)
+	}
+	publisher, name, version := firstString(lookup(doc, "tool.flwr.app.publisher")), firstString(lookup(doc, "project.name")), firstString(lookup(doc, "project.version"))
+	target, err := filepath.Abs(appDir)
+	if err != nil {
+		return fmt.Errorf("find the staged app: %w", err)
+	}
+	for _, link := range []string{
+		filepath.Join(home, "apps", publisher+"."+name+"."+version+"."), // 1.12; a hash would follow
+		filepath.Join(home, "apps", publisher, name, version),           // 1.11
+	} {
+		err := os.MkdirAll(filepath.Dir(link), 0o700)
+		if err == nil {
+			err = os.Symlink(target, link)
+		}
+		if err != nil && !errors.Is(err, fs.ErrExist) {
+			return problem.Wrap(err, codeOf(err), "make room", "the app cannot be linked into %s", home)
+		}
+	}
+	return nil
 }
 
 // nodeConfig writes a node config as --node-config wants it: space-separated TOML pairs.

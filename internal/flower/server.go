@@ -460,9 +460,25 @@ func (s *Server) appError(how, log string, tail []string, exit proc.Exit) error 
 		e.Code, e.Next = problem.OutOfMemory, "give the machine more memory, or the app less work at a time"
 	case last != nil:
 		e.Msg = "the server app raised " + last.exception
+		if module, ok := missingModule(last.exception); ok {
+			e.Code = problem.DependencyMissing
+			e.Next = fmt.Sprintf("add the package that has the module %q to dependencies in the app's pyproject.toml", module)
+		}
 	}
 	e.Log = log
 	return e
+}
+
+var missingForm = regexp.MustCompile(`^ModuleNotFoundError: No module named '([^']+)'`)
+
+// missingModule tells from an exception which module could not be imported.
+func missingModule(exception string) (module string, ok bool) {
+	m := missingForm.FindStringSubmatch(exception)
+	if m == nil {
+		return "", false
+	}
+	module, _, _ = strings.Cut(m[1], ".")
+	return module, true
 }
 
 // flwrRun starts the run by `flwr run`, for options that only it has, and then watches it.
