@@ -63,6 +63,7 @@ type chain struct {
 	addr      string
 	program   net.Listener // the far program
 	cancel    context.CancelFunc
+	ended     sync.WaitGroup // Listen and Serve have returned
 }
 
 func newChain(t *testing.T, dial func(context.Context, string) (net.Conn, error)) *chain {
@@ -87,13 +88,12 @@ func newChain(t *testing.T, dial func(context.Context, string) (net.Conn, error)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	c.cancel = cancel
-	var wg sync.WaitGroup
-	wg.Go(func() {
+	c.ended.Go(func() {
 		if err := relay.Listen(ctx, ln, "fleet", c.near.Open); err != nil {
 			t.Errorf("Listen: %v", err)
 		}
 	})
-	wg.Go(func() {
+	c.ended.Go(func() {
 		// A test may end the link below the relay.
 		if err := relay.Serve(ctx, c.far.Accept, dial); err != nil && c.far.Err() == nil {
 			t.Errorf("Serve: %v", err)
@@ -102,7 +102,7 @@ func newChain(t *testing.T, dial func(context.Context, string) (net.Conn, error)
 	t.Cleanup(func() {
 		cancel()
 		c.program.Close()
-		wg.Wait()
+		c.ended.Wait()
 	})
 	return c
 }
@@ -398,6 +398,7 @@ func TestEndOfTheRelayAndOfTheLinkReset(t *testing.T) {
 		c.cancel()
 		wantReset(t, "near", a)
 		wantReset(t, "far", b)
+		c.ended.Wait()
 		if _, err := net.Dial("tcp", c.addr); err == nil {
 			t.Error("the relay listens still")
 		}
