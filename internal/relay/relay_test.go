@@ -406,6 +406,10 @@ func TestEndOfTheRelayAndOfTheLinkReset(t *testing.T) {
 	t.Run("the link ends", func(t *testing.T) {
 		c := newChain(t, nil)
 		a, b := c.connect(t)
+		send(t, a, "x") // as above
+		if _, err := b.Read(make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
 		c.near.Close()
 		wantReset(t, "near", a)
 		wantReset(t, "far", b)
