@@ -36,6 +36,10 @@ func TestFollow(t *testing.T) {
 	if _, err := c.measure(3, start); err == nil {
 		t.Error("a run that lacks a round was measured")
 	}
+	failed := `{"kind":"summary","body":{"state":"failed","cause":{"code":"start-timeout","party":"hub","message":"too late"}}}`
+	if state, err := follow(strings.NewReader(failed), &c); err != nil || !strings.Contains(state, "too late") {
+		t.Errorf("a run that failed ended %q, %v", state, err)
+	}
 	if _, err := follow(strings.NewReader("Traceback\n"), &c); err == nil {
 		t.Error("a line that is no event was taken")
 	}

@@ -1,6 +1,6 @@
 // Command bench runs one app through plain Flower (its own superlink and supernodes, started here) and
-// through `pergola run`, in turn, and prints where the time goes: until the server app starts, until the
-// first round, per round, from the last round to the end, in total. It prints the ratio, what Pergola adds
+// through `pergola run`, in turn, and prints where the time goes: until the run begins, until the first
+// round, per round, from the last round to the end, in total. It prints the ratio, what Pergola adds
 // in seconds, and the peak memory of each Pergola process.
 //
 // It builds each side's environment before it measures and does not count a first run of either. It

@@ -38,6 +38,13 @@ func (c *clock) line(at time.Time, line string) {
 	}
 }
 
+// begin takes the moment at which the superlink serves and the run is asked for; the first counts.
+func (c *clock) begin(at time.Time) {
+	if c.app.IsZero() {
+		c.app = at
+	}
+}
+
 // round takes the begin of round n; a round that is told twice counts from the first time.
 func (c *clock) round(at time.Time, n int) {
 	if n == len(c.rounds)+1 {
@@ -47,7 +54,7 @@ func (c *clock) round(at time.Time, n int) {
 
 // A measure is one run, in phases that add up to the total.
 type measure struct {
-	app      time.Duration // from nothing to the start of the server app: the superlink serves by then
+	app      time.Duration // from nothing until the superlink serves and the run is asked for
 	first    time.Duration // from there to the first round
 	perRound time.Duration // all rounds, divided by their number
 	stop     time.Duration // from the strategy's end until every process was gone
@@ -63,7 +70,7 @@ func (c *clock) measure(rounds int, gone time.Time) (measure, error) {
 	case c.end.IsZero():
 		return measure{}, fmt.Errorf("the strategy never said that it was done")
 	case c.app.IsZero():
-		return measure{}, fmt.Errorf("never saw the server app start")
+		return measure{}, fmt.Errorf("never saw the run begin")
 	}
 	return measure{
 		app:      c.app.Sub(c.start),
@@ -104,7 +111,7 @@ func report(w io.Writer, o options, version string, plain, pergola []measure) bo
 		fmt.Fprintf(t, "%s\t%.2f\t%.2f\t%+.2f\t%s\t\n", name, a, b, b-a, ratio)
 		return b - a
 	}
-	row("nothing to server app", func(m measure) time.Duration { return m.app })
+	row("until the run begins", func(m measure) time.Duration { return m.app })
 	row("to the first round", func(m measure) time.Duration { return m.first })
 	row("per round", func(m measure) time.Duration { return m.perRound })
 	row("stop", func(m measure) time.Duration { return m.stop })

@@ -34,10 +34,14 @@ type body struct {
 	Line  string `json:"line"`  // log
 	To    string `json:"to"`    // job-state
 	State string `json:"state"` // summary
+	Cause *struct {
+		Code    string `json:"code"`
+		Party   string `json:"party"`
+		Message string `json:"message"`
+	} `json:"cause"` // summary
 }
 
-// take advances the clock by an event and gives the job's state when the event is the summary.
-// The server app has its name from what Flower calls it in that version.
+// take advances the clock by an event and gives how the job ended when the event is the summary.
 func (c *clock) take(e event) (state string, err error) {
 	var b body
 	if len(e.Body) > 0 {
@@ -46,10 +50,12 @@ func (c *clock) take(e event) (state string, err error) {
 		}
 	}
 	switch e.Kind {
-	case "program-started":
-		if c.app.IsZero() && (b.Name == "flwr" || strings.HasPrefix(b.Name, "flwr-run") || strings.Contains(strings.ReplaceAll(b.Name, "-", ""), "serverapp")) {
-			c.app = e.Time
+	case "program-started": // the server app has its name from what Flower calls it in that version
+		if b.Name == "flwr" || strings.HasPrefix(b.Name, "flwr-run") || strings.Contains(strings.ReplaceAll(b.Name, "-", ""), "serverapp") {
+			c.begin(e.Time)
 		}
+	case "sites-ready": // where no program of ours starts the run, it is asked for now
+		c.begin(e.Time)
 	case "round":
 		c.round(e.Time, b.Round)
 	case "log":
@@ -57,10 +63,16 @@ func (c *clock) take(e event) (state string, err error) {
 			c.line(e.Time, b.Line)
 		}
 	case "job-state":
-		if b.To == "stopping" && c.end.IsZero() {
+		switch {
+		case b.To == "running":
+			c.begin(e.Time)
+		case b.To == "stopping" && c.end.IsZero():
 			c.end = e.Time
 		}
 	case "summary":
+		if b.Cause != nil {
+			return fmt.Sprintf("%s: %s (%s at %q)", b.State, b.Cause.Message, b.Cause.Code, b.Cause.Party), nil
+		}
 		return b.State, nil
 	}
 	return "", nil

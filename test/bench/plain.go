@@ -168,7 +168,7 @@ func runPlain(ctx context.Context, o options, version, python, dir string) (m me
 	if err := serving(ctx, superlink, local(control)); err != nil {
 		return m, err
 	}
-	c.app = time.Now()
+	c.begin(time.Now())
 	flwr, err := start("flwr", func(line string) { c.line(time.Now(), line) }, "run", app, "local", "--stream", "--run-config", strings.Join(o.runConfig, " "))
 	if err != nil {
 		return m, err
