@@ -115,6 +115,9 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	return h, nil
 }
 
+// ListeningPrefix begins the line that `pergola hub` prints once it listens; the address follows.
+const ListeningPrefix = "listening on "
+
 // DatabaseFile is the store's name in the hub's directory.
 const DatabaseFile = "pergola.db"
 

@@ -145,6 +145,7 @@ func claimAddress(ctx context.Context) (string, net.Listener, error) {
 func (r *runner) hub(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	gctx, cancel := context.WithCancelCause(gctx)
+	defer cancel(nil)
 	acceptor := link.NewAcceptor(link.Options{Log: r.log, Allow: func(p link.Peer) error {
 		if p.Job != string(r.spec.Job) {
 			return problem.New(problem.Denied, "", "a link of job %s was sent to job %s", p.Job, r.spec.Job)

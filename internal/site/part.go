@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,7 +31,7 @@ type part struct {
 	id    job.ID
 	first *pb.DesiredParty
 	want  *runner.Want
-	log   interface{ Error(string, ...any) }
+	log   *slog.Logger
 
 	once sync.Once
 	gone chan struct{} // closed when the hub wants nothing more of it
@@ -186,7 +187,7 @@ func (p *part) identity(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	res, err := retry(ctx, func() (*pb.IssueCertificateResponse, error) {
+	res, err := retry(ctx, p.log, func() (*pb.IssueCertificateResponse, error) {
 		return a.client.Sites.IssueCertificate(ctx, &pb.IssueCertificateRequest{JobId: string(p.id), CsrPem: string(csr)})
 	})
 	if err != nil {
@@ -211,7 +212,7 @@ func (p *part) fetch(ctx context.Context, digest string) (string, error) {
 	if _, err := os.Stat(dst); err == nil {
 		return dst, nil
 	}
-	_, err := retry(ctx, func() (struct{}, error) {
+	_, err := retry(ctx, p.log, func() (struct{}, error) {
 		s, err := a.client.Bundles.DownloadBundle(ctx, &pb.DownloadBundleRequest{Digest: digest})
 		if err != nil {
 			return struct{}{}, err
@@ -223,8 +224,11 @@ func (p *part) fetch(ctx context.Context, digest string) (string, error) {
 			defer close(done)
 			for {
 				m, err := s.Receive()
+				if errors.Is(err, io.EOF) {
+					err = io.EOF // bare, as readers want it
+				}
 				if err != nil {
-					pw.CloseWithError(err) // io.EOF is the end
+					pw.CloseWithError(err)
 					return
 				}
 				if _, err := pw.Write(m.GetData()); err != nil {
@@ -248,7 +252,7 @@ func final(err error) bool {
 }
 
 // retry calls f until the hub answers.
-func retry[T any](ctx context.Context, f func() (T, error)) (T, error) {
+func retry[T any](ctx context.Context, log *slog.Logger, f func() (T, error)) (T, error) {
 	bo := backoff.NewExponentialBackOff()
 	bo.InitialInterval, bo.MaxInterval = 50*time.Millisecond, 5*time.Second
 	return backoff.Retry(ctx, func() (T, error) {
@@ -257,7 +261,8 @@ func retry[T any](ctx context.Context, f func() (T, error)) (T, error) {
 			return v, backoff.Permanent(err)
 		}
 		return v, err
-	}, backoff.WithBackOff(bo), backoff.WithMaxElapsedTime(0))
+	}, backoff.WithBackOff(bo), backoff.WithMaxElapsedTime(0),
+		backoff.WithNotify(func(err error, wait time.Duration) { log.Warn("a call to the hub failed", "err", err, "retry", wait) }))
 }
 
 // report delivers an entry, however long the hub is away; a hub that refuses it, or wants the part no more, ends that.
@@ -269,7 +274,7 @@ func (p *part) report(ctx context.Context, e runner.Entry) {
 	}
 	ctx, cancel := p.whileWanted(ctx)
 	defer cancel()
-	if _, err := retry(ctx, func() (*pb.ReportResponse, error) {
+	if _, err := retry(ctx, p.log, func() (*pb.ReportResponse, error) {
 		return p.agent.client.Sites.Report(ctx, &pb.ReportRequest{JobId: string(p.id), Entries: []*pb.JournalEntry{{Seq: e.Seq, Event: ev}}})
 	}); err != nil && ctx.Err() == nil {
 		p.log.Error("the hub refused an entry", "kind", e.Event.Kind, "err", err)
@@ -293,12 +298,12 @@ func (p *part) whileWanted(ctx context.Context) (context.Context, context.Cancel
 func (p *part) ship(ctx context.Context, dir string, ended <-chan struct{}) {
 	ctx, cancel := p.whileWanted(ctx)
 	defer cancel()
-	res, err := retry(ctx, func() (*pb.GetLogOffsetsResponse, error) {
+	res, err := retry(ctx, p.log, func() (*pb.GetLogOffsetsResponse, error) {
 		return p.agent.client.Sites.GetLogOffsets(ctx, &pb.GetLogOffsetsRequest{JobId: string(p.id)})
 	})
 	if err == nil {
 		err = logs.FollowDir(ctx, dir, ended, res.GetOffsets(), func(name string, offset int64, data []byte) error {
-			_, err := retry(ctx, func() (*pb.PushLogsResponse, error) {
+			_, err := retry(ctx, p.log, func() (*pb.PushLogsResponse, error) {
 				return p.agent.client.Sites.PushLogs(ctx, &pb.PushLogsRequest{Chunks: []*pb.LogChunk{{JobId: string(p.id), Party: p.agent.conf.Name, File: name, Offset: offset, Data: data}}})
 			})
 			return err
