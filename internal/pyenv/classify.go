@@ -44,7 +44,7 @@ var (
 	pythonUV   = regexp.MustCompile(`^the (?:current|requested) Python version \([^)]*\) does not satisfy Python(\S+) and (\S+) depends on`)
 	versionPip = regexp.MustCompile(`Could not find a version that satisfies the requirement (\S+)(?: \(from (?:versions: ([^)]*)|([^)]*))\))+`)
 	pythonPip  = regexp.MustCompile(`(?:Package '([^']+)' requires a different Python: \S+ not in '([^']+)')`)
-	specBegins = regexp.MustCompile(`[\[<>=!~]`)
+	specBegins = regexp.MustCompile(`[\[{<>=!~]`)
 	clashRE    = regexp.MustCompile(`(?i)No solution found|ResolutionImpossible|conflicting dependencies|No matching distribution`)
 	hashRE     = regexp.MustCompile(`(?i)hash mismatch|DO NOT MATCH THE HASHES`)
 	buildRE    = regexp.MustCompile("(?i)Failed to build `?([^`\\s]+)`?|Failed to download and build `?([^`\\s]+)`?|Failed building wheel for (\\S+)|metadata-generation-failed|no wheels? with a matching|has no usable wheels|subprocess-exited-with-error")

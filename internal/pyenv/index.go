@@ -63,6 +63,9 @@ func cleanEnv(extra []string) environment {
 	for _, k := range unwanted {
 		delete(env, k)
 	}
+	maps.DeleteFunc(env, func(k, v string) bool { // uv stops at an empty one
+		return v == "" && (strings.HasPrefix(k, "UV_") || strings.HasPrefix(k, "PIP_"))
+	})
 	cwd, err := os.Getwd()
 	if err != nil {
 		cwd = ""

@@ -269,11 +269,11 @@ func (t tool) nearest(ctx context.Context, dir string, in Interpreter, want stri
 	defer cancel()
 	_, number, ok := strings.Cut(want, "==")
 	name := bareName(want)
-	if v, good := parseVersion(number); !ok || !good {
+	v, good := parseVersion(number)
+	if !ok || !good {
 		return nil
-	} else {
-		number = v.public().String()
 	}
+	number = v.public().String()
 	var found []string
 	for _, side := range [][]string{{"<" + number, "--resolution", "highest"}, {">" + number, "--resolution", "lowest-direct"}} {
 		if os.WriteFile(filepath.Join(dir, "near.in"), []byte(name+side[0]+"\n"), 0o600) != nil {

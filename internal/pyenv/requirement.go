@@ -85,7 +85,7 @@ func parseRequirement(line string) (requirement, error) {
 	var cond string
 	var hasCond bool
 	if after, ok := strings.CutPrefix(rest, "@"); ok {
-		r.url, rest = strings.TrimLeft(after, " \t"), ""
+		r.url = strings.TrimLeft(after, " \t")
 		// A URL may hold a semicolon, so PEP 508 wants a blank before the marker's.
 		if i := strings.IndexAny(r.url, " \t"); i >= 0 {
 			r.url, rest = r.url[:i], strings.TrimLeft(r.url[i:], " \t")
