@@ -37,7 +37,8 @@ var (
 	nodeCreated = regexp.MustCompile(`\[Fleet\.(?:CreateNode|ActivateNode)\] (?:Created|Activated) node_id=(-?\d+)|^(GrpcAdapter\.CreateNode)`)
 	pushed      = regexp.MustCompile(`\[Fleet\.PushMessages\]|PushTaskRes|\[Fleet\.GetFab\]|/v1/fleet/push-`)
 	nodeWorks   = regexp.MustCompile(`^(?:Received|Receiving|Sending): |^Sent reply|^Sent successfully|^Received successfully`)
-	nodeKnown   = regexp.MustCompile(`^SuperNode ID: |^\[RUN -?\d+, ROUND`)
+	nodeKnown   = regexp.MustCompile(`^SuperNode ID: |^\[RUN -?\d+`)
+	nodeRound   = regexp.MustCompile(`^\[RUN -?\d+(?:, ROUND (\d+))?\]$`)
 
 	exceptionForm = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_.]*(?:: .*|:)?$`)
 )
@@ -135,6 +136,9 @@ func (p *parser) supernode(text string) (events []Event) {
 	if !p.known && nodeKnown.MatchString(text) {
 		p.known = true
 		events = append(events, Event{Kind: NodeReady, Program: p.program})
+	}
+	if m := nodeRound.FindStringSubmatch(text); m != nil {
+		p.round = atoi(m[1])
 	}
 	if nodeWorks.MatchString(text) {
 		events = append(events, Event{Kind: Progress, Program: p.program, Message: text})
@@ -326,7 +330,8 @@ func (p *parser) traceback(line, text string, leveled bool) []Event {
 		if p.chain == "" {
 			events = p.release()
 		}
-		p.trace, p.reading = &raised{traceback: []string{line}}, true
+		p.trace, p.reading = &raised{traceback: []string{line}, marked: p.marked}, true
+		p.marked = false
 		return events
 	case p.reading:
 		if len(p.trace.traceback) < maxTrace {
@@ -362,8 +367,8 @@ func (p *parser) traceback(line, text string, leveled bool) []Event {
 
 // release gives the exception that was held.
 func (p *parser) release() []Event {
-	held, marked := p.held, p.marked
-	p.held, p.chain, p.marked = nil, "", false
+	held := p.held
+	p.held, p.chain = nil, ""
 	if held == nil {
 		return nil
 	}
@@ -371,7 +376,7 @@ func (p *parser) release() []Event {
 	switch {
 	case p.program == ProgramSuperlink:
 		return nil // it repeats the server app's output in some generations
-	case p.program == ProgramSupernode && marked:
+	case p.program == ProgramSupernode && held.marked:
 		e.Kind, e.Message = ClientException, "the client app raised "+held.exception
 	case p.program == ProgramSupernode:
 		e.Kind, e.Message = Warning, "the supernode printed "+held.exception

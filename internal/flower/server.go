@@ -79,6 +79,7 @@ type bundle struct {
 type raised struct {
 	exception string
 	traceback []string
+	marked    bool // the supernode said that it is the client app's
 }
 
 // StartServer starts the superlink on cfg.IP and waits until its ports accept connections and speak
@@ -345,7 +346,7 @@ func (s *Server) handle(events []Event) {
 			s.mu.Unlock()
 		case AppException:
 			s.mu.Lock()
-			s.lastApp = &raised{e.Exception, e.Traceback}
+			s.lastApp = &raised{exception: e.Exception, traceback: e.Traceback}
 			s.mu.Unlock()
 		}
 		s.party.events.emit(e)
@@ -540,7 +541,30 @@ func (s *Server) connect() error {
 const (
 	statusPause = 10 * time.Second       // between questions while the stream is open
 	streamPause = 200 * time.Millisecond // before the stream is opened again
+	lookPause   = time.Second            // between looks at the server app's process
+	drainTime   = 2 * time.Second        // for the rest of the stream after the run's end
+	deadTime    = 5 * time.Second        // from its end until the run counts as failed, if its state does not change
 )
+
+// appProcess is the name of the server app's process (1.13 and on) as /proc has it.
+const appProcess = "flwr-serverapp"
+
+// appAlive tells whether the server app's process runs below the superlink.
+func (s *Server) appAlive() bool {
+	for _, pid := range proc.Descendants(s.link.Pid()) {
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		if err != nil {
+			continue // gone meanwhile
+		}
+		// pid (comm) state …; a zombie is dead already.
+		if open, end := strings.IndexByte(string(stat), '('), strings.LastIndex(string(stat), ") "); open >= 0 && end > open && len(stat) > end+2 {
+			if string(stat[open+1:end]) == appProcess && stat[end+2] != 'Z' {
+				return true
+			}
+		}
+	}
+	return false
+}
 
 // watch waits for a run's end, and passes on meanwhile what the server app prints.
 func (s *Server) watch(ctx context.Context, run uint64) error {
@@ -572,10 +596,28 @@ func (s *Server) watch(ctx context.Context, run uint64) error {
 	})
 	tick := time.NewTicker(statusPause)
 	defer tick.Stop()
+	look := time.NewTicker(lookPause)
+	defer look.Stop()
+	var seen bool      // the server app's process has been there
+	var gone time.Time // since when it is not there any more
 	for failures := 0; ; {
+		drained := false
 		select {
 		case <-ended:
+			drained = true
 		case <-tick.C:
+		case <-look.C:
+			// A server app that is killed tells nobody: the superlink notices after 60 s, or never (1.15).
+			if s.appAlive() {
+				seen, gone = true, time.Time{}
+				continue
+			}
+			if !seen {
+				continue
+			}
+			if gone.IsZero() {
+				gone = time.Now()
+			}
 		case <-ctx.Done():
 			return ctxError(ctx, "run the server app")
 		case <-s.done:
@@ -589,10 +631,24 @@ func (s *Server) watch(ctx context.Context, run uint64) error {
 		case err == nil:
 			failures = 0
 			if st.status == statusFinished {
+				if !drained {
+					// What the server app said last is on its way.
+					select {
+					case <-ended:
+					case <-time.After(drainTime):
+					case <-ctx.Done():
+					}
+				}
 				cancel()
 				reader.Wait()
 				out.close()
 				return s.verdict(st, out.tail)
+			}
+			if !gone.IsZero() && time.Since(gone) > deadTime {
+				cancel()
+				reader.Wait()
+				out.close()
+				return s.appError("its process ended without a result", ServerAppLog, out.tail, proc.Exit{})
 			}
 		case ctx.Err() != nil:
 			return ctxError(ctx, "run the server app")
@@ -611,7 +667,8 @@ func (s *Server) verdict(st runStatus, tail []string) error {
 	}
 	how := st.status + ":" + st.sub
 	if st.details != "" {
-		how += ", " + st.details
+		details, _, _ := strings.Cut(strings.TrimSpace(st.details), "\n")
+		how += ", " + details
 	}
 	return s.appError(how, ServerAppLog, tail, proc.Exit{})
 }
