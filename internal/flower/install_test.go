@@ -1,0 +1,191 @@
+package flower
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/pergolafl/pergola/internal/problem"
+)
+
+func readHelp(t testing.TB, version, program string) map[string]option {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join("testdata", "help", version+"."+program+".txt"))
+	if os.IsNotExist(err) {
+		return nil
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return parseHelp(string(raw))
+}
+
+func TestCapsFromRealHelp(t *testing.T) {
+	for version, want := range map[string]struct {
+		gen     Generation
+		adapter bool
+		node    string // the supernode's own address
+	}{
+		"1.12.0": {GenDriver, true, "--supernode-address"},
+		"1.15.2": {GenExec, true, "--clientappio-api-address"},
+		"1.30.0": {GenControl, true, "--clientappio-api-address"},
+		"1.41.0": {GenHTTP, false, "--host"},
+	} {
+		c, err := capsOf(readHelp(t, version, "flower-superlink"), readHelp(t, version, "flower-supernode"), readHelp(t, version, "flower-server-app"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.Generation != want.gen || c.GRPCAdapter != want.adapter {
+			t.Errorf("%s: %s, adapter %v", version, c.Generation, c.GRPCAdapter)
+		}
+		for _, flag := range []string{want.node, "--superlink", "--node-config", "--insecure"} {
+			if _, ok := c.Supernode[flag]; !ok {
+				t.Errorf("%s: no %s", version, flag)
+			}
+		}
+		if c.Superlink["--database"] != "DATABASE" || c.Superlink["--insecure"] != "" {
+			t.Errorf("%s: arguments %q", version, c.Superlink)
+		}
+	}
+}
+
+func TestCapsOfOtherFlags(t *testing.T) {
+	o := func(flags ...string) map[string]option {
+		m := map[string]option{}
+		for _, f := range flags {
+			m[f] = option{}
+		}
+		return m
+	}
+	for _, c := range []struct {
+		name      string
+		superlink map[string]option
+		want      Generation
+	}{
+		{"1.35: Control on its own port", o("--host", "--port", "--control-api-address", "--fleet-api-address"), GenRuntime},
+		{"the old flags are gone altogether", o("--host", "--port"), GenHTTP},
+		{"none that is known", o("--listen"), 0},
+		{"driver without its server app", o("--driver-api-address"), 0},
+	} {
+		got, err := capsOf(c.superlink, o("--superlink"), nil)
+		if c.want == 0 {
+			if err == nil || problem.From(err).Next == "" {
+				t.Errorf("%s: %v", c.name, err)
+			}
+		} else if err != nil || got.Generation != c.want {
+			t.Errorf("%s: %s, %v", c.name, got.Generation, err)
+		}
+	}
+}
+
+func TestJudge(t *testing.T) {
+	for version, known := range map[string]bool{"1.41.0": true, "1.42.1": true, "1.12.0": true, "1.43.0": false, "2.0": false, "nightly": false} {
+		i := Installation{Version: version, Caps: Caps{Generation: GenHTTP}}
+		i.judge()
+		if i.Known != known || (i.Warning == "") != known {
+			t.Errorf("%s: known %v, %q", version, i.Known, i.Warning)
+		}
+	}
+}
+
+func TestProbeRefuses(t *testing.T) {
+	dir := t.TempDir()
+	if _, err := Probe(t.Context(), Env{Bin: dir}, ""); problem.CodeOf(err) != problem.ProgramFailed || !strings.Contains(err.Error(), "pip install flwr") {
+		t.Errorf("nothing installed: %v", err)
+	}
+	for _, name := range []string{"flower-superlink", "flower-supernode"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("#!/bin/sh\necho broken >&2; exit 3\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := Probe(t.Context(), Env{Bin: dir}, ""); problem.CodeOf(err) != problem.ProgramFailed || !strings.Contains(err.Error(), "not an executable") {
+		t.Errorf("not executable: %v", err)
+	}
+	for _, name := range []string{"flower-superlink", "flower-supernode"} {
+		if err := os.Chmod(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	python := filepath.Join(dir, "python")
+	if err := os.WriteFile(python, []byte("#!/bin/sh\necho 1.99.0\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Probe(t.Context(), Env{Bin: dir, Python: python}, ""); problem.CodeOf(err) != problem.ProgramFailed || !strings.Contains(err.Error(), "exit code 3") || !strings.Contains(err.Error(), "broken") {
+		t.Errorf("broken: %v", err)
+	}
+}
+
+// An unknown newer version is used as its flags suggest, with a warning; the answer is cached until a
+// program changes.
+func TestProbeCaches(t *testing.T) {
+	dir := t.TempDir()
+	count := filepath.Join(dir, "count")
+	script := func(text string) {
+		for _, name := range []string{"flower-superlink", "flower-supernode"} {
+			body := "#!/bin/sh\necho x >> " + count + "\ncat <<'X'\noptions:\n  --host HOST  Host.\n  --port PORT\n               Port.\n  --superlink S\n" + text + "X\n"
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(body), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	script("")
+	python := filepath.Join(dir, "python")
+	if err := os.WriteFile(python, []byte("#!/bin/sh\necho 1.99.0\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	cache := filepath.Join(dir, "probe.json")
+	asked := func() int {
+		raw, err := os.ReadFile(count)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Count(string(raw), "x")
+	}
+	for range 2 {
+		inst, err := Probe(t.Context(), Env{Bin: dir, Python: python}, cache)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if inst.Version != "1.99.0" || inst.Known || inst.Warning == "" || inst.Caps.Generation != GenHTTP || inst.Python != python {
+			t.Errorf("%+v", inst)
+		}
+	}
+	if n := asked(); n != 2 {
+		t.Errorf("%d programs were asked, want 2 once", n)
+	}
+	script("  --new-flag\n")
+	if inst, err := Probe(t.Context(), Env{Bin: dir, Python: python}, cache); err != nil || asked() != 4 {
+		t.Errorf("after a change: %v, %v, asked %d", inst, err, asked())
+	} else if _, ok := inst.Caps.Superlink["--new-flag"]; !ok {
+		t.Error("the old answer was used")
+	}
+	if err := os.WriteFile(cache, []byte("{broken"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Probe(t.Context(), Env{Bin: dir, Python: python}, cache); err != nil || asked() != 6 {
+		t.Errorf("after a damaged cache: %v, asked %d", err, asked())
+	}
+}
+
+// What is parsed is a flag with dashes in front.
+func FuzzParseHelp(f *testing.F) {
+	files, err := filepath.Glob("testdata/help/*.txt")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, name := range files {
+		raw, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(string(raw))
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		for flag := range parseHelp(text) {
+			if !strings.HasPrefix(flag, "-") || strings.ContainsAny(flag, " \n=") {
+				t.Errorf("flag %q", flag)
+			}
+		}
+	})
+}
