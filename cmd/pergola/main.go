@@ -1,4 +1,5 @@
-// Command pergola runs unmodified Flower apps as managed jobs across organisations.
+// Command pergola runs unmodified Flower apps as managed jobs across organisations. All of its commands are in
+// internal/cli; `pergola --help` lists them.
 package main
 
 import (

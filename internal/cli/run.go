@@ -164,9 +164,10 @@ func (f *runFlags) run(ctx context.Context, e env, app string) error {
 			}
 		}
 	}()
-	var show printer = &people{w: e.stderr, flags: f, tty: isTerminal(e.stderr), began: time.Now()}
-	if f.json {
-		show = &machine{w: json.NewEncoder(e.stdout)}
+	m := &machine{w: json.NewEncoder(e.stdout)}
+	var show printer = m
+	if !f.json {
+		show = &people{w: e.stderr, flags: f, tty: isTerminal(e.stderr), began: time.Now()}
 	}
 	o.Event = show.event
 	sum, err := localrun.Run(ctx, o)
@@ -175,7 +176,7 @@ func (f *runFlags) run(ctx context.Context, e env, app string) error {
 	<-watched
 	show.end()
 	if f.json {
-		return errOf(show.(*machine).summary(sum), err)
+		return errOf(m.summary(sum), err)
 	}
 	if sum.Out == "" && err != nil {
 		return err // nothing was started: the error says it all

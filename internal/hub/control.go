@@ -457,6 +457,9 @@ func (c *control) record(ctx context.Context, e runner.Entry) error {
 		}
 		wait := c.trouble(err, n)
 		if c.unstorable() != nil {
+			err = nil // it is known from memory, and nobody can do better
+		}
+		if err == nil {
 			return nil
 		}
 		select {

@@ -189,7 +189,7 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 		ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelDebug), BaseContext: func(net.Listener) context.Context { return ctx },
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
 	}
-	g.Go(func() error { return p.run(ctx, func(c net.Conn) { h.splice(ctx, c.(*tls.Conn)) }) })
+	g.Go(func() error { return p.run(ctx, func(c *tls.Conn) { h.splice(ctx, c) }) })
 	g.Go(func() error {
 		if err := hs.Serve(p.http); !errors.Is(err, http.ErrServerClosed) {
 			return err
@@ -316,6 +316,7 @@ func (h *Hub) logDir(id job.ID, p string) string { return filepath.Join(h.jobDir
 func (h *Hub) bundlePath(digest string) string {
 	return filepath.Join(h.dir, "bundles", hexOf(digest)+".tar.zst")
 }
+
 func (h *Hub) bundleDir(digest string) string { return filepath.Join(h.dir, "bundles", hexOf(digest)) }
 
 // makeRoom gives up the reserve on a full disk; it tells whether there was one.

@@ -39,7 +39,7 @@ func newPort(ln net.Listener, conf *tls.Config, log *slog.Logger) *port {
 }
 
 // run accepts until ctx is done, and returns when all links have ended.
-func (p *port) run(ctx context.Context, onLink func(net.Conn)) error {
+func (p *port) run(ctx context.Context, onLink func(*tls.Conn)) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	stop := context.AfterFunc(ctx, func() { p.ln.Close() })

@@ -317,7 +317,7 @@ func (s bundleService) UploadBundle(ctx context.Context, in pergolav1connect.Bun
 	if err != nil {
 		return nil, diskProblem(err)
 	}
-	defer os.Remove(f.Name())
+	defer func() { _ = os.Remove(f.Name()) }() // it was renamed if all went well
 	defer f.Close()
 	var digest string
 	var size int64
@@ -518,7 +518,7 @@ func (h *Hub) desired(ctx context.Context, site string) ([]*pb.DesiredParty, err
 				d = pb.Desired_DESIRED_KILL
 			}
 		}
-		out = append(out, &pb.DesiredParty{JobId: string(j.ID), Desired: d, BundleDigest: j.Bundle, Index: int32(i), Count: int32(len(j.Spec.Sites)), SpecJson: string(spec)}) //nolint:gosec // numbers of sites
+		out = append(out, &pb.DesiredParty{JobId: string(j.ID), Desired: d, BundleDigest: j.Bundle, Index: int32(i), Count: int32(len(j.Spec.Sites)), SpecJson: string(spec)})
 	}
 	return out, nil
 }

@@ -289,10 +289,10 @@ func (r *run) makeOut() error {
 	if out == "" {
 		out = filepath.Join("pergola-runs", jobName(r.app.Name)+"-"+r.began.Format("20060102-150405"))
 		for n := 2; ; n++ { // two runs in one second
-			if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil { //nolint:gosec // the user's own folder of results
+			if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
 				return err
 			}
-			err := os.Mkdir(out, 0o755) //nolint:gosec // as above
+			err := os.Mkdir(out, 0o755)
 			if err == nil {
 				break
 			}
@@ -302,7 +302,7 @@ func (r *run) makeOut() error {
 			out = fmt.Sprintf("%s-%d", strings.TrimSuffix(out, fmt.Sprintf("-%d", n-1)), n)
 		}
 	} else {
-		if err := os.MkdirAll(out, 0o755); err != nil { //nolint:gosec // as above
+		if err := os.MkdirAll(out, 0o755); err != nil {
 			return problem.Wrap(err, problem.Usage, "choose another with --out", "cannot make the run's directory")
 		}
 		es, err := os.ReadDir(out)
@@ -502,7 +502,7 @@ func (r *run) start(role, dir string, env []string, line func(string)) (*proc.Pr
 		return nil, err
 	}
 	logs := filepath.Join(r.out, "logs")
-	if err := os.MkdirAll(logs, 0o755); err != nil { //nolint:gosec // the user's own folder of results
+	if err := os.MkdirAll(logs, 0o755); err != nil {
 		return nil, diskProblem(err, r.out)
 	}
 	return proc.Start(proc.Spec{
@@ -570,7 +570,7 @@ func (r *run) submit(ctx context.Context, c *api.Client, packed *bundle.Bundle) 
 			break
 		}
 	}
-	pr.Close()
+	_ = pr.Close() // never fails
 	if err := g.Wait(); err != nil && !errors.Is(err, io.ErrClosedPipe) {
 		return "", err
 	}
@@ -634,7 +634,7 @@ func (r *run) follow(ctx context.Context, c *api.Client, id job.ID, hp *proc.Pro
 	g.Go(func() error {
 		err := r.tail(gctx, c, id)
 		if problem.CodeOf(err) == problem.HubUnreachable || gctx.Err() != nil {
-			return nil // the watcher decides what that means
+			err = nil // the watcher decides what that means
 		}
 		return err
 	})
@@ -679,7 +679,7 @@ func (r *run) watch(ctx context.Context, c *api.Client, id job.ID) error {
 			bo.Reset()
 			r.show(Event{Event: e})
 		}
-		s.Close()
+		_ = s.Close() // what ended it is known already
 		switch {
 		case r.sawEnd():
 			return nil

@@ -257,7 +257,7 @@ func moveInto(from, to string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(to, 0o755); err != nil { //nolint:gosec // the user's own folder of results
+	if err := os.MkdirAll(to, 0o755); err != nil {
 		return err
 	}
 	var errs []error

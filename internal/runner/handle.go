@@ -163,7 +163,7 @@ func (h *Handle) leftovers(seq int64, fn func(Entry) error) error {
 
 // SetDesired tells the runner what its party should be doing; sites counts with DESIRED_RUN.
 func (h *Handle) SetDesired(ctx context.Context, d pb.Desired, sites int) error {
-	_, err := h.client.Runner.SetDesired(ctx, &pb.SetDesiredRequest{Desired: d, Sites: int32(sites)}) //nolint:gosec // a count of sites
+	_, err := h.client.Runner.SetDesired(ctx, &pb.SetDesiredRequest{Desired: d, Sites: int32(sites)})
 	return err
 }
 

@@ -47,10 +47,10 @@ func untilGone(pid int, start uint64) <-chan struct{} {
 	}
 	go func() { // ends with that process
 		defer close(gone)
-		defer unix.Close(fd)
+		defer func() { _ = unix.Close(fd) }()
 		// Readable when the process ends (pidfd_open(2)). EINTR: look again.
 		for {
-			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1) //nolint:gosec // descriptors are small
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1)
 			if n > 0 || (err != nil && !errors.Is(err, unix.EINTR)) {
 				return
 			}

@@ -144,8 +144,6 @@ func claimAddress(ctx context.Context) (string, net.Listener, error) {
 // hub runs the superlink and the server app.
 func (r *runner) hub(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
-	gctx, cancel := context.WithCancelCause(gctx)
-	defer cancel(nil)
 	acceptor := link.NewAcceptor(link.Options{Log: r.log, Allow: func(p link.Peer) error {
 		if p.Job != string(r.spec.Job) {
 			return problem.New(problem.Denied, "", "a link of job %s was sent to job %s", p.Job, r.spec.Job)
@@ -159,9 +157,11 @@ func (r *runner) hub(ctx context.Context) error {
 	// The sites' links are taken from the first moment on; their streams wait until the superlink is ready.
 	ready := make(chan struct{})
 	var srv *flower.Server
-	g.Go(func() error { return ignoreDone(gctx, acceptor.Serve(gctx, ln)) })
+	// They last as long as the superlink does, also when the work is cut short, so that the supernodes can take their leave.
+	linked, unlink := context.WithCancel(context.WithoutCancel(ctx))
+	g.Go(func() error { return ignoreDone(linked, acceptor.Serve(linked, ln)) })
 	g.Go(func() error {
-		return ignoreDone(gctx, r.links(gctx, acceptor, func(ctx context.Context, target string) (net.Conn, error) {
+		return ignoreDone(linked, r.links(linked, acceptor, func(ctx context.Context, target string) (net.Conn, error) {
 			if target != fleet {
 				return nil, fmt.Errorf("no target is called %q", target)
 			}
@@ -175,7 +175,7 @@ func (r *runner) hub(ctx context.Context) error {
 		}))
 	})
 	g.Go(func() (err error) {
-		defer func() { cancel(err) }() // the links end with the programs
+		defer unlink()
 		p, err := r.prepare(gctx)
 		if err != nil {
 			return err
@@ -302,10 +302,10 @@ func (r *runner) site(ctx context.Context) error {
 		return err
 	}
 	g, gctx := errgroup.WithContext(ctx)
-	relaying, stopRelay := context.WithCancel(gctx)
+	// The relay goes last, so that the supernode can take its leave of the superlink.
+	relaying, stopRelay := context.WithCancel(context.WithoutCancel(ctx))
 	g.Go(func() error { return ignoreDone(relaying, relay.Listen(relaying, ln, fleet, sess.Open)) })
 	g.Go(func() error {
-		// The relay goes last, so that the supernode can take its leave of the superlink.
 		defer stopRelay()
 		c, err := flower.StartClient(gctx, flower.ClientConfig{
 			Install: p.inst, AppDir: p.dir, RunDir: p.dir, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Superlink: ln.Addr().String(),
@@ -371,8 +371,8 @@ func (r *runner) grace(ctx context.Context) time.Duration {
 
 // ignoreDone makes nil of the error with which something ends because its context did.
 func ignoreDone(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return nil
+	if ctx.Err() == nil {
+		return err
 	}
-	return err
+	return nil
 }

@@ -165,12 +165,12 @@ func (r *runner) party(ctx context.Context) *problem.Error {
 			r.log.Warn("could not remove a working folder", "name", name, "err", e)
 		}
 	}
-	if c := context.Cause(ctx); errors.Is(c, errStop) || errors.Is(c, errKill) {
-		return nil // whatever broke then broke because of it
-	} else if p, ok := errors.AsType[*problem.Error](c); ok {
-		err = p // the reason for which the work was cut short comes before what that broke
-	} else if c != nil {
-		return nil // a signal
+	if c := context.Cause(ctx); c != nil {
+		// The reason for which the work was cut short comes before what that broke. A wish or a signal is none.
+		err = nil
+		if p, ok := errors.AsType[*problem.Error](c); ok {
+			err = p
+		}
 	}
 	if err == nil {
 		return nil

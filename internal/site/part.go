@@ -237,8 +237,8 @@ func (p *part) fetch(ctx context.Context, digest string) (string, error) {
 			}
 		}()
 		_, err = bundle.Extract(pr, dst, digest, bundle.Limits{})
-		pr.Close()
-		s.Close()
+		_ = pr.Close() // never fails
+		_ = s.Close()  // unblocks the goroutine; Extract has decided already
 		<-done
 		return struct{}{}, err
 	})

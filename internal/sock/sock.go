@@ -28,7 +28,9 @@ func Listen(path string) (net.Listener, error) {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
 	// The name through the descriptor is gone after this function; the real one is removed by Close below.
-	ln.(*net.UnixListener).SetUnlinkOnClose(false)
+	if u, ok := ln.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(false)
+	}
 	if err := os.Chmod(path, 0o600); err != nil {
 		return nil, err
 	}

@@ -26,7 +26,11 @@ func TestLongPath(t *testing.T) {
 		if fi, err := os.Stat(path); err != nil || fi.Mode().Perm() != 0o600 {
 			t.Errorf("socket: %v %v, want mode 0600", fi, err)
 		}
-		ln.(*listener).Listener.Close()
+		l, ok := ln.(*listener)
+		if !ok {
+			t.Fatalf("a %T", ln)
+		}
+		l.Listener.Close()
 	}
 	ln, err := Listen(path)
 	if err != nil {
