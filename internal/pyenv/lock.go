@@ -99,7 +99,7 @@ func lockKey(names []string, in Interpreter, req Requirements, opt Options) stri
 		Names                      []string
 		Minor, Platform, Installer string
 		Floor, Index               string
-	}{1, names, minor, in.Platform, opt.Installer, floor(req.RequiresPython, minor), indexMark(cleanEnv(opt.ExtraEnv), in)}
+	}{2, names, minor, in.Platform, opt.Installer, floor(req.RequiresPython, minor), indexMark(cleanEnv(opt.ExtraEnv), in)}
 	b, err := json.Marshal(question)
 	if err != nil {
 		panic(err) // strings and numbers
@@ -142,26 +142,57 @@ func resolve(ctx context.Context, cacheDir string, in Interpreter, req Requireme
 			opt.log(err.Error())
 		}
 	}()
-	if err := os.WriteFile(filepath.Join(dir, "app.in"), []byte(strings.Join(names, "\n")+"\n"), 0o600); err != nil {
-		return Lock{}, cacheProblem(err, cacheDir)
-	}
 	var text string
-	if t.uv != "" {
-		text, err = t.uvLock(ctx, dir, cacheDir, in, req, opt)
-	} else {
-		text, err = t.pipLock(ctx, dir, cacheDir, in, opt)
-	}
-	if err != nil {
-		return Lock{}, err
-	}
-	if _, err := readLock(text); err != nil {
-		return Lock{}, problem.Wrap(err, problem.Internal, "please report this with the app's dependencies", "the resolver's lock cannot be read")
+	for {
+		if err := os.WriteFile(filepath.Join(dir, "app.in"), []byte(strings.Join(names, "\n")+"\n"), 0o600); err != nil {
+			return Lock{}, cacheProblem(err, cacheDir)
+		}
+		if t.uv != "" {
+			text, err = t.uvLock(ctx, dir, cacheDir, in, req, opt)
+		} else {
+			text, err = t.pipLock(ctx, dir, cacheDir, in, opt)
+		}
+		if err != nil {
+			return Lock{}, err
+		}
+		pins, err := readLock(text)
+		if err != nil {
+			return Lock{}, problem.Wrap(err, problem.Internal, "please report this with the app's dependencies", "the resolver's lock cannot be read")
+		}
+		extra := missingBound(pins)
+		if extra == "" || slices.Contains(names, extra) {
+			break
+		}
+		names = append(slices.Clone(names), extra)
 	}
 	lock := Lock{Text: text, Python: in.Version}
 	if lock.Flwr = lock.flwrFor(in); lock.Flwr == "" {
 		return Lock{}, problem.New(problem.FlwrUnavailable, "remove the marker from flwr in the app's dependencies", "the app's dependencies leave flwr out for Python %s", in.Version)
 	}
 	return lock, nil
+}
+
+// missingBound gives a requirement that packages in the lock need and do not state. There is one: typer before 0.16, which flwr
+// 1.13 to 1.20 pin, breaks with click 8.2 (`flwr run` ends with "Secondary flag is not valid for non-boolean flag";
+// typer 0.16.0's release notes name click 8.2 as what it adds).
+func missingBound(pins []pin) string {
+	var typer, click bool
+	for _, p := range pins {
+		v, ok := parseVersion(p.version())
+		if !ok {
+			continue
+		}
+		switch p.name {
+		case "typer":
+			typer = typer || v.compare(version{release: []string{"0", "16"}}) < 0
+		case "click":
+			click = click || v.compare(version{release: []string{"8", "2"}}) >= 0
+		}
+	}
+	if typer && click {
+		return "click<8.2"
+	}
+	return ""
 }
 
 // flwrFor gives the version of flwr that the lock has for in: a universal lock may have several. It reads the one or two

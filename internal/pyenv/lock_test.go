@@ -116,3 +116,22 @@ func FuzzReadLock(f *testing.F) {
 		}
 	})
 }
+
+func TestMissingBound(t *testing.T) {
+	for text, want := range map[string]string{
+		"typer==0.12.5\nclick==8.5.1\n":  "click<8.2",
+		"typer==0.12.5\nclick==8.1.8\n":  "",
+		"typer==0.16.0\nclick==8.5.1\n":  "",
+		"typer==0.20.0\nclick==8.10.0\n": "",
+		"click==8.5.1\n":                 "",
+	} {
+		hash := " --hash=sha256:" + strings.Repeat("0", 64) + "\n"
+		pins, err := readLock(strings.ReplaceAll(text, "\n", hash))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := missingBound(pins); got != want {
+			t.Errorf("missingBound(%q) = %q, want %q", text, got, want)
+		}
+	}
+}
