@@ -177,6 +177,8 @@ func resolve(ctx context.Context, cacheDir string, in Interpreter, req Requireme
 // typer 0.16.0's release notes name click 8.2 as what it adds).
 func missingBound(pins []pin) string {
 	var typer, click bool
+	typerFixed, _ := parseVersion("0.16")
+	clickNew, _ := parseVersion("8.2")
 	for _, p := range pins {
 		v, ok := parseVersion(p.version())
 		if !ok {
@@ -184,9 +186,9 @@ func missingBound(pins []pin) string {
 		}
 		switch p.name {
 		case "typer":
-			typer = typer || v.compare(version{release: []string{"0", "16"}}) < 0
+			typer = typer || v.compare(typerFixed) < 0
 		case "click":
-			click = click || v.compare(version{release: []string{"8", "2"}}) >= 0
+			click = click || v.compare(clickNew) >= 0
 		}
 	}
 	if typer && click {
