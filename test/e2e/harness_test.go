@@ -71,6 +71,22 @@ func TestMain(m *testing.M) {
 	}())
 }
 
+// lookAtSources looks at what the command is built from: go test takes the outcome of an earlier run only if no file that a
+// test (not TestMain) has looked at has changed since.
+var lookAtSources = sync.OnceValue(func() error {
+	for _, dir := range []string{"cmd", "internal", "go.mod"} {
+		if err := filepath.WalkDir(filepath.Join("../..", dir), func(path string, d fs.DirEntry, err error) error {
+			if err == nil && !d.IsDir() {
+				_, err = os.Stat(path)
+			}
+			return err
+		}); err != nil {
+			return err
+		}
+	}
+	return nil
+})
+
 // spec says how to run the command. Only app is needed.
 type spec struct {
 	app  string   // name of a folder of test/apps, or a path
@@ -140,6 +156,9 @@ type result struct {
 // start starts `pergola run --json --out DIR` and returns at once, when one of the few slots is free.
 func start(t *testing.T, s spec) *run {
 	t.Helper()
+	if err := lookAtSources(); err != nil {
+		t.Fatal(err)
+	}
 	r := &run{t: t, spec: s, out: s.out, app: s.app, exit: make(chan struct{}), more: make(chan struct{}), ports: map[string]string{}}
 	if !strings.ContainsRune(s.app, '/') && s.app != "" {
 		r.app = filepath.Join(apps, s.app)
