@@ -71,8 +71,12 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 			return nil, err
 		}
 	}
+	superlink, _, err := net.SplitHostPort(cfg.Superlink)
+	if err != nil {
+		return nil, problem.Wrap(err, problem.Usage, "write it as host:port", "the superlink's address %q cannot be used", cfg.Superlink)
+	}
 	c := &Client{done: make(chan struct{})}
-	if c.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.IP, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError); err != nil {
+	if c.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError, cfg.IP, superlink); err != nil {
 		return nil, err
 	}
 	if caps.Generation == GenDriver {

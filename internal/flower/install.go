@@ -226,7 +226,7 @@ func help(ctx context.Context, bin, name string) (map[string]option, error) {
 		return nil, problem.Wrap(err, problem.ProgramFailed, "make room in the temporary directory", "%s could not be probed", name)
 	}
 	defer os.RemoveAll(home)
-	env := programEnv(os.Environ(), bin, home, "")
+	env := programEnv(os.Environ(), bin, home)
 	out, err := proc.Run(ctx, proc.Spec{Name: name, Args: []string{filepath.Join(bin, name), "--help"}, Dir: home, Env: append(env, "COLUMNS=200")})
 	if err != nil {
 		return nil, err

@@ -89,8 +89,8 @@ func portTaken(tail []string) bool {
 }
 
 // programEnv is the environment of Flower's programs: given, with what the package comment promises.
-// Keys in given win nowhere: what is set here is what keeps a job inside of its directory and address.
-func programEnv(given []string, bin, home, ip string) []string {
+// The hosts of direct are never reached by way of a proxy. Keys in given win nowhere: what is set here is what keeps a job inside of its directory and address.
+func programEnv(given []string, bin, home string, direct ...string) []string {
 	set := map[string]string{
 		"FLWR_TELEMETRY_ENABLED":    "0",
 		"FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -127,8 +127,10 @@ func programEnv(given []string, bin, home, ip string) []string {
 	set["PATH"] = bin + string(os.PathListSeparator) + path
 	// gRPC and httpx honour http_proxy for loopback addresses too.
 	hosts := []string{"localhost", "127.0.0.1"}
-	if ip != "" && ip != "127.0.0.1" {
-		hosts = append(hosts, ip)
+	for _, h := range direct {
+		if !slices.Contains(hosts, h) {
+			hosts = append(hosts, h)
+		}
 	}
 	if noProxy != "" {
 		hosts = append([]string{noProxy}, hosts...)
@@ -153,14 +155,14 @@ type party struct {
 	events     *emitter
 }
 
-func newParty(inst *Installation, appDir, logDir, home, ip string, env []string, name string, echo io.Writer, onEvent func(Event), onLogError func(error)) (*party, error) {
+func newParty(inst *Installation, appDir, logDir, home string, env []string, name string, echo io.Writer, onEvent func(Event), onLogError func(error), direct ...string) (*party, error) {
 	for _, dir := range []string{logDir, home} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, problem.Wrap(err, codeOf(err), "make room, or choose another directory", "the directory %s cannot be made", dir)
 		}
 	}
 	return &party{
-		inst: inst, dir: appDir, logDir: logDir, env: programEnv(env, inst.Bin, home, ip), name: name, echo: echo,
+		inst: inst, dir: appDir, logDir: logDir, env: programEnv(env, inst.Bin, home, direct...), name: name, echo: echo,
 		onLogError: onLogError, events: &emitter{fn: onEvent},
 	}, nil
 }

@@ -1,18 +1,33 @@
 package flower
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/pergolafl/pergola/internal/problem"
 )
 
-// installations gives the environments of PERGOLA_TEST_ENVS, a folder of virtual environments.
-func installations(t *testing.T) []*Installation {
+// The tests of this file run Flower itself, in the environments of PERGOLA_TEST_ENVS, a folder of
+// virtual environments with flwr and numpy. Bytecode should be compiled.
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// eachInstallation runs f for every environment whose generation is at least from.
+func eachInstallation(t *testing.T, from Generation, f func(t *testing.T, inst *Installation)) {
 	t.Helper()
 	root := os.Getenv("PERGOLA_TEST_ENVS")
 	if root == "" {
@@ -22,47 +37,79 @@ func installations(t *testing.T) []*Installation {
 	if err != nil || len(bins) == 0 {
 		t.Fatalf("no environments in %s (%v)", root, err)
 	}
-	var all []*Installation
 	for _, b := range bins {
-		inst, err := Probe(t.Context(), Env{Bin: filepath.Dir(b)}, filepath.Join(t.TempDir(), "probe.json"))
+		begun := time.Now()
+		inst, err := Probe(t.Context(), Env{Bin: filepath.Dir(b)}, filepath.Join(os.TempDir(), fmt.Sprintf("pergola-test-probe-%d.json", os.Getpid())))
 		if err != nil {
 			t.Fatal(err)
 		}
-		all = append(all, inst)
+		t.Cleanup(func() {
+			_ = os.Remove(filepath.Join(os.TempDir(), fmt.Sprintf("pergola-test-probe-%d.json", os.Getpid())))
+		})
+		if inst.Caps.Generation < from || from >= GenControl && inst.Version < "1.21" {
+			continue
+		}
+		t.Run(inst.Version, func(t *testing.T) {
+			t.Logf("probed in %v: %s generation", time.Since(begun).Round(time.Millisecond), inst.Caps.Generation)
+			f(t, inst)
+		})
 	}
-	return all
 }
 
-// run is one run of an app: a server and clients connected directly to it.
+// run is one run of an app: a server, and clients connected directly to it.
 type run struct {
 	t      *testing.T
 	inst   *Installation
-	app    *App
 	dir    string
+	mark   string
+	begun  time.Time
 	server *Server
 	nodes  []*Client
+	echo   lockedBuffer
 
-	mu     sync.Mutex // guards events
+	mu     sync.Mutex // guards the rest
 	events []Event
+	onEach func(Event)
 }
 
-var nextIP = struct {
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+var addresses struct {
 	sync.Mutex
 	n int
-}{}
+}
 
 // testIP gives a loopback address that no other test of this process has.
 func testIP() string {
-	nextIP.Lock()
-	defer nextIP.Unlock()
-	nextIP.n++
-	return fmt.Sprintf("127.%d.%d.%d", 64+os.Getpid()%64, os.Getpid()/64%250+1, nextIP.n)
+	addresses.Lock()
+	defer addresses.Unlock()
+	addresses.n++
+	return fmt.Sprintf("127.%d.%d.%d", 64+os.Getpid()%64, os.Getpid()/64%250+1, addresses.n)
 }
 
 func (r *run) on(e Event) {
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	r.events = append(r.events, e)
+	each := r.onEach
+	r.mu.Unlock()
+	if each != nil {
+		each(e)
+	}
 }
 
 func (r *run) all(kind EventKind) []Event {
@@ -71,95 +118,391 @@ func (r *run) all(kind EventKind) []Event {
 	return slices.DeleteFunc(slices.Clone(r.events), func(e Event) bool { return e.Kind != kind })
 }
 
-// start stages the app for every party and starts them, with all nodes registered.
-func start(t *testing.T, inst *Installation, appDir string, nodes int, cfg ServerConfig) *run {
-	t.Helper()
+func (r *run) stage(name, appDir string) string {
+	r.t.Helper()
 	app, err := LoadApp(appDir)
 	if err != nil {
-		t.Fatal(err)
+		r.t.Fatal(err)
 	}
-	r := &run{t: t, inst: inst, app: app, dir: t.TempDir()}
+	dst := filepath.Join(r.dir, name, "app")
+	if err := Stage(app, appDir, dst, r.inst); err != nil {
+		r.t.Fatal(err)
+	}
+	return dst
+}
+
+// begin starts a server and nodes for the app and waits until all are registered. What is left of
+// processes after the test fails it.
+func begin(t *testing.T, inst *Installation, appDir string, nodes int, cfg ServerConfig) *run {
+	t.Helper()
+	r := &run{t: t, inst: inst, dir: t.TempDir(), mark: fmt.Sprintf("%d-%s", os.Getpid(), t.Name()), begun: time.Now()}
 	if keep := os.Getenv("PERGOLA_TEST_KEEP"); keep != "" {
-		if r.dir, err = os.MkdirTemp(keep, inst.Version+"-"+app.Name+"-"); err != nil {
+		var err error
+		if r.dir, err = os.MkdirTemp(keep, inst.Version+"-*"); err != nil {
 			t.Fatal(err)
 		}
 	}
-	stage := func(name string) string {
-		dst := filepath.Join(r.dir, name, "app")
-		if err := Stage(app, appDir, dst, inst); err != nil {
-			t.Fatal(err)
+	// A proxy that leads nowhere: nothing may use it for loopback.
+	env := append(os.Environ(), "PERGOLA_FLOWER_TEST="+r.mark, "http_proxy=http://127.0.0.1:1", "HTTP_PROXY=http://127.0.0.1:1", "PYTHONDONTWRITEBYTECODE=1")
+	t.Cleanup(func() {
+		if left := marked(r.mark); len(left) > 0 {
+			t.Errorf("processes are left: %v", left)
 		}
-		return dst
-	}
-	cfg.Install, cfg.AppDir, cfg.RunDir, cfg.LogDir = inst, stage("hub"), filepath.Join(r.dir, "hub"), filepath.Join(r.dir, "hub")
-	cfg.FlwrHome, cfg.IP, cfg.Env, cfg.OnEvent = filepath.Join(r.dir, "hub", "flwr"), testIP(), os.Environ(), r.on
-	begun := time.Now()
-	r.server, err = StartServer(t.Context(), cfg)
-	if err != nil {
+	})
+	hub := filepath.Join(r.dir, "hub")
+	cfg.Install, cfg.AppDir, cfg.RunDir, cfg.LogDir, cfg.FlwrHome = inst, r.stage("hub", appDir), hub, hub, filepath.Join(hub, "flwr")
+	cfg.IP, cfg.Env, cfg.OnEvent, cfg.Echo, cfg.Party = testIP(), env, r.on, &r.echo, "hub"
+	cfg.OnLogError = func(err error) { t.Error("log:", err) }
+	var err error
+	if r.server, err = StartServer(t.Context(), cfg); err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("%s: superlink ready after %v", inst.Version, time.Since(begun).Round(time.Millisecond))
 	t.Cleanup(r.stop)
+	r.logf("superlink ready")
 	for i := range nodes {
 		name := fmt.Sprintf("site-%d", i)
 		dir := filepath.Join(r.dir, name)
 		c, err := StartClient(t.Context(), ClientConfig{
-			Install: inst, AppDir: stage(name), RunDir: dir, LogDir: dir, FlwrHome: filepath.Join(dir, "flwr"), IP: testIP(),
-			Superlink: r.server.FleetAddr(), NodeConfig: map[string]any{"partition-id": i, "num-partitions": nodes, "name": "it's me"},
-			RunConfig: cfg.RunConfig, Env: os.Environ(), OnEvent: r.on,
+			Install: inst, AppDir: r.stage(name, appDir), RunDir: dir, LogDir: dir, FlwrHome: filepath.Join(dir, "flwr"), IP: testIP(),
+			Superlink: r.server.FleetAddr(), NodeConfig: map[string]any{"partition-id": i, "num-partitions": nodes, "name": "it's me", "x": 0.5},
+			RunConfig: cfg.RunConfig, Env: env, OnEvent: r.on, Echo: &r.echo, Party: name, OnLogError: cfg.OnLogError,
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
 		r.nodes = append(r.nodes, c)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 90*time.Second)
 	defer cancel()
-	if os.Getenv("PERGOLA_TEST_KEEP") == "" {
-		if err := r.server.WaitNodes(ctx, nodes); err != nil {
-			t.Fatal(err)
-		}
+	if err := r.server.WaitNodes(ctx, nodes); err != nil {
+		t.Fatal(err)
 	}
-	t.Logf("%s: %d nodes after %v", inst.Version, nodes, time.Since(begun).Round(time.Millisecond))
+	r.logf("%d nodes registered", nodes)
 	return r
 }
 
+func (r *run) logf(format string, args ...any) {
+	r.t.Helper()
+	r.t.Logf("%6.2f s  %s", time.Since(r.begun).Seconds(), fmt.Sprintf(format, args...))
+}
+
+func (r *run) app(limit time.Duration) error {
+	r.t.Helper()
+	ctx, cancel := context.WithTimeout(r.t.Context(), limit)
+	defer cancel()
+	err := r.server.RunApp(ctx)
+	r.logf("the run ended: %v", err)
+	return err
+}
+
 func (r *run) stop() {
-	begun := time.Now()
 	var wg sync.WaitGroup
 	for _, n := range r.nodes {
 		wg.Go(func() {
-			n.Stop(2 * time.Second)
-			r.t.Logf("%s: supernode stopped after %v: %v", r.inst.Version, time.Since(begun).Round(time.Millisecond), n.Exit())
+			n.Stop(3 * time.Second)
+			r.logf("supernode stopped: %s", n.Exit())
 		})
 	}
 	wg.Go(func() {
-		r.server.Stop(2 * time.Second)
-		r.t.Logf("%s: server stopped after %v: %v", r.inst.Version, time.Since(begun).Round(time.Millisecond), r.server.link.Exit())
+		r.server.Stop(3 * time.Second)
+		r.logf("server stopped: %s", r.server.link.Exit())
 	})
 	wg.Wait()
 }
 
-func TestRunLegacyApp(t *testing.T) {
-	app := os.Getenv("PERGOLA_TEST_APP")
-	if app == "" {
-		app = "../../test/apps/tiny"
+// marked gives the command lines of living processes with the mark in their environment.
+func marked(mark string) (left []string) {
+	for _, pid := range markedPids(mark) {
+		raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err == nil && len(raw) > 0 {
+			left = append(left, strings.ReplaceAll(string(raw), "\x00", " "))
+		}
 	}
-	var over []string
-	if v := os.Getenv("PERGOLA_TEST_OVER"); v != "" {
-		over = []string{v}
+	return left
+}
+
+func markedPids(mark string) (pids []int) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return nil
 	}
-	for _, inst := range installations(t) {
-		t.Run(inst.Version, func(t *testing.T) {
-			r := start(t, inst, app, 2, ServerConfig{RunConfig: over})
-			begun := time.Now()
-			ctx, cancel := context.WithTimeout(t.Context(), 120*time.Second)
-			defer cancel()
-			err := r.server.RunApp(ctx)
-			t.Logf("%s: run took %v: %v", inst.Version, time.Since(begun).Round(time.Millisecond), err)
-			if err != nil {
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+		if err == nil && bytes.Contains(raw, []byte("PERGOLA_FLOWER_TEST="+mark+"\x00")) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// listening gives the addresses on which marked processes listen.
+func listening(t *testing.T, mark string) (addrs []string) {
+	t.Helper()
+	inodes := map[string]bool{}
+	for _, pid := range markedPids(mark) {
+		fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+		if err != nil {
+			continue
+		}
+		for _, fd := range fds {
+			if link, err := os.Readlink(fmt.Sprintf("/proc/%d/fd/%s", pid, fd.Name())); err == nil && strings.HasPrefix(link, "socket:[") {
+				inodes[strings.Trim(link, "socket:[]")] = true
+			}
+		}
+	}
+	for _, table := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		raw, err := os.ReadFile(table)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(raw)) {
+			f := strings.Fields(line)
+			if len(f) > 9 && f[3] == "0A" && inodes[f[9]] {
+				addrs = append(addrs, f[1])
+			}
+		}
+	}
+	return addrs
+}
+
+// table gives the metrics as "round phase name=value" lines, the last word on each.
+func (r *run) table() []string {
+	last := map[string]float64{}
+	for _, e := range r.all(Metrics) {
+		for k, v := range e.Metrics {
+			last[fmt.Sprintf("%d %s %s", e.Round, e.Phase, k)] = v
+		}
+	}
+	var out []string
+	for k, v := range last {
+		out = append(out, fmt.Sprintf("%s=%.6g", k, v))
+	}
+	slices.Sort(out)
+	return out
+}
+
+// A legacy app through every generation: overrides reach both sides, the numbers come out as a table,
+// nothing listens elsewhere than on the parties' addresses, and nothing is left.
+func TestRealLegacyApp(t *testing.T) {
+	eachInstallation(t, GenDriver, func(t *testing.T, inst *Installation) {
+		r := begin(t, inst, "../../test/apps/raise-client", 2, ServerConfig{RunConfig: []string{"raise-at=99 num-server-rounds=2"}})
+		r.mu.Lock()
+		r.onEach = func(e Event) {
+			if e.Kind == Round && e.Round == 1 {
+				addrs := listening(t, r.mark)
+				r.logf("round 1 begins, listening on %v", addrs)
+				if len(addrs) == 0 {
+					t.Error("nothing listens?")
+				}
+				for _, a := range addrs {
+					if ip, _, _ := strings.Cut(a, ":"); !strings.HasSuffix(ip, "7F") {
+						t.Errorf("%s listens off loopback", a)
+					}
+				}
+			}
+		}
+		r.mu.Unlock()
+		if err := r.app(3 * time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		want := []string{"1 evaluate accuracy=0.142857", "1 evaluate loss=6", "1 train sum=0", "2 evaluate accuracy=0.0769231", "2 evaluate loss=12", "2 train sum=6"}
+		if got := r.table(); !slices.Equal(got, want) {
+			t.Errorf("metrics %q", got)
+		}
+		rounds := r.all(Round)
+		if len(rounds) != 2 || rounds[0].Round != 1 || rounds[1].Total != 2 || r.server.Nodes() != 2 {
+			t.Errorf("rounds %+v, nodes %d", rounds, r.server.Nodes())
+		}
+		if e := append(r.all(ClientException), r.all(AppException)...); len(e) > 0 {
+			t.Errorf("exceptions %+v", e)
+		}
+		if len(r.all(Progress)) < 10 {
+			t.Error("no signs of progress")
+		}
+		for _, prefix := range []string{"[FLWR-SL@hub] ", "[FLWR-SA@hub] ", "[FLWR-CA@site-1] "} {
+			if !strings.Contains(r.echo.String(), prefix) {
+				t.Errorf("no line is echoed with %s", prefix)
+			}
+		}
+		for _, log := range []string{"hub/" + SuperlinkLog, "hub/" + ServerAppLog, "site-0/" + ClientAppLog} {
+			if raw, err := os.ReadFile(filepath.Join(r.dir, log)); err != nil || len(raw) == 0 {
+				t.Errorf("%s: %d bytes, %v", log, len(raw), err)
+			}
+		}
+	})
+}
+
+func TestRealMessageApp(t *testing.T) {
+	eachInstallation(t, GenControl, func(t *testing.T, inst *Installation) {
+		r := begin(t, inst, "testdata/message-app", 2, ServerConfig{Args: []string{"--run-config", "num-server-rounds=1"}})
+		if err := r.app(3 * time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		want := []string{
+			"0 server central-sum=0", "0 server n=3", "1 evaluate eval_acc=0.5", "1 evaluate eval_loss=2", "1 server central-sum=6", "1 server n=3", "1 train train_loss=0.857143",
+		}
+		if got := r.table(); !slices.Equal(got, want) {
+			t.Errorf("metrics %q", got)
+		}
+	})
+}
+
+// What the superlink says is asked of `flwr run` too, where options are given that only it has.
+func TestRealFlwrRun(t *testing.T) {
+	eachInstallation(t, GenControl, func(t *testing.T, inst *Installation) {
+		r := begin(t, inst, "testdata/message-app", 0, ServerConfig{Args: []string{"--format", "json"}, RunConfig: []string{`end="raise"`}})
+		err := r.app(time.Minute)
+		if problem.CodeOf(err) != problem.AppError || !strings.Contains(err.Error(), "ZeroDivisionError: asked to, in the server app") {
+			t.Error(err)
+		}
+	})
+}
+
+func TestRealFailures(t *testing.T) {
+	for _, c := range []struct {
+		name, app string
+		over      []string
+		from      Generation
+		nodes     int
+		code      problem.Code // "" ends well
+		text      string
+		client    string // exception of a client
+	}{
+		{"the server app raises", "../../test/apps/raise-server", []string{"raise-at=1"}, GenDriver, 2, problem.AppError, "the server app raised ZeroDivisionError: the server app was asked to fail in round 1", ""},
+		{"a module is missing", "../../test/apps/import-error", nil, GenDriver, 0, problem.DependencyMissing, `"pergola_not_a_dependency"`, ""},
+		{"one client raises", "../../test/apps/raise-client", []string{"num-server-rounds=1"}, GenDriver, 2, "", "", "ZeroDivisionError: the client app was asked to fail"},
+		{"the server app's process is killed", "testdata/message-app", []string{`end="kill"`}, GenControl, 0, problem.AppError, "its process ended without a result", ""},
+		{"the server app exits", "testdata/message-app", []string{`end="exit"`}, GenControl, 0, problem.AppError, "the server app failed", ""},
+	} {
+		t.Run(strings.ReplaceAll(c.name, " ", "-"), func(t *testing.T) {
+			eachInstallation(t, c.from, func(t *testing.T, inst *Installation) {
+				r := begin(t, inst, c.app, c.nodes, ServerConfig{RunConfig: c.over})
+				err := r.app(time.Minute)
+				if problem.CodeOf(err) != c.code || err != nil && !strings.Contains(err.Error(), c.text) {
+					t.Errorf("%s: %v", problem.CodeOf(err), err)
+				}
+				if c.client != "" {
+					if e := r.all(ClientException); len(e) != 1 || e[0].Exception != c.client || len(e[0].Traceback) < 3 {
+						t.Errorf("client exceptions %+v", e)
+					}
+					if e := r.all(ClientFailures); len(e) != 1 || e[0].Failures != 1 || e[0].Results != 1 || e[0].Round != 1 {
+						t.Errorf("client failures %+v", e)
+					}
+				}
+			})
+		})
+	}
+}
+
+// A superlink that is killed in the middle of a run ends RunApp and WaitNodes with its cause.
+func TestRealSuperlinkKilled(t *testing.T) {
+	eachInstallation(t, GenDriver, func(t *testing.T, inst *Installation) {
+		r := begin(t, inst, "../../test/apps/slow", 2, ServerConfig{})
+		var once sync.Once
+		r.mu.Lock()
+		r.onEach = func(e Event) {
+			if e.Kind == Round {
+				once.Do(func() {
+					if err := syscall.Kill(r.server.link.Pid(), syscall.SIGKILL); err != nil {
+						t.Error(err)
+					}
+				})
+			}
+		}
+		r.mu.Unlock()
+		err := r.app(time.Minute)
+		if problem.CodeOf(err) != problem.ProgramFailed || !strings.Contains(err.Error(), "flower-superlink ended unexpectedly") {
+			t.Error(err)
+		}
+		if err := r.server.WaitNodes(t.Context(), 99); problem.CodeOf(err) != problem.ProgramFailed {
+			t.Error(err)
+		}
+	})
+}
+
+// Stop in the middle of a round ends everything, and RunApp with its context.
+func TestRealStopInTheMiddle(t *testing.T) {
+	eachInstallation(t, GenDriver, func(t *testing.T, inst *Installation) {
+		r := begin(t, inst, "../../test/apps/slow", 2, ServerConfig{Database: "state.db"})
+		ctx, cancel := context.WithCancelCause(t.Context())
+		defer cancel(nil)
+		why := errors.New("somebody asked for the end")
+		r.mu.Lock()
+		r.onEach = func(e Event) {
+			if e.Kind == Round {
+				cancel(why)
+			}
+		}
+		r.mu.Unlock()
+		if err := r.server.RunApp(ctx); !errors.Is(err, why) {
+			t.Error(err)
+		}
+		r.logf("cancelled in a round")
+		if _, err := os.Stat(filepath.Join(r.dir, "hub", "state.db")); err != nil {
+			t.Error(err)
+		}
+		r.stop()
+		if err := r.server.Failure(); err != nil {
+			t.Error(err)
+		}
+		for _, n := range r.nodes {
+			if err := n.Err(); err != nil {
 				t.Error(err)
 			}
+		}
+	})
+}
+
+// Ports that another program holds on all addresses are passed over.
+func TestRealPortsTaken(t *testing.T) {
+	eachInstallation(t, GenDriver, func(t *testing.T, inst *Installation) {
+		l, err := net.Listen("tcp", fmt.Sprintf(":%d", firstPort+1))
+		if err != nil {
+			t.Skip(err)
+		}
+		defer l.Close()
+		r := begin(t, inst, "../../test/apps/tiny", 1, ServerConfig{})
+		if _, port, _ := net.SplitHostPort(r.server.FleetAddr()); port == strconv.Itoa(firstPort+1) {
+			t.Error("the port of another program is used")
+		}
+	})
+}
+
+func TestStartServerThatCannot(t *testing.T) {
+	superlink := func(script string) *Installation {
+		bin := t.TempDir()
+		if err := os.WriteFile(filepath.Join(bin, ProgramSuperlink), []byte("#!/bin/sh\n"+script), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		return &Installation{Version: "1.41.0", Bin: bin, Known: true, Caps: Caps{Generation: GenHTTP}}
+	}
+	start := func(inst *Installation, ctx context.Context) error {
+		dir := t.TempDir()
+		s, err := StartServer(ctx, ServerConfig{
+			Install: inst, AppDir: write(t, appFiles(goodApp)), RunDir: dir, LogDir: dir, FlwrHome: filepath.Join(dir, "flwr"), IP: testIP(), Env: os.Environ(), ReadyTimeout: 300 * time.Millisecond,
 		})
+		if err == nil {
+			s.Stop(0)
+		}
+		return err
+	}
+	if err := start(superlink("echo no such thing >&2; exit 3\n"), t.Context()); problem.CodeOf(err) != problem.ProgramFailed ||
+		!strings.Contains(err.Error(), "flower-superlink ended unexpectedly with exit code 3") || !strings.Contains(err.Error(), "no such thing") {
+		t.Errorf("one that fails: %v", err)
+	}
+	if err := start(superlink("echo waiting; sleep 60\n"), t.Context()); problem.CodeOf(err) != problem.StartTimeout || !strings.Contains(err.Error(), "waiting") {
+		t.Errorf("one that is never ready: %v", err)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errors.New("changed my mind"))
+	if err := start(superlink("sleep 60\n"), ctx); err == nil || !strings.Contains(err.Error(), "changed my mind") {
+		t.Errorf("cancelled: %v", err)
+	}
+	if err := start(superlink("echo '[Errno 98] address already in use'; exit 1\n"), t.Context()); problem.CodeOf(err) != problem.ProgramFailed {
+		t.Errorf("no port anywhere: %v", err)
 	}
 }

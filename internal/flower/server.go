@@ -91,7 +91,7 @@ func StartServer(ctx context.Context, cfg ServerConfig) (*Server, error) {
 	if s.args, s.over, err = serverArgs(cfg); err != nil {
 		return nil, err
 	}
-	s.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.IP, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError)
+	s.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError, cfg.IP)
 	if err != nil {
 		return nil, err
 	}
