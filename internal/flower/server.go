@@ -428,20 +428,23 @@ func (s *Server) runProgram(ctx context.Context, name string, args []string) err
 	if stopping {
 		app.Stop(0)
 	}
+	// What it raised is known once its log was read to the end.
+	ended := make(chan struct{})
 	s.wait.Go(func() {
+		defer close(ended)
 		<-app.Done()
 		s.handle(log.end())
 		s.party.ended(name, app)
 	})
 	select {
-	case <-app.Done():
+	case <-ended:
 	case <-ctx.Done():
 		return ctxError(ctx, "run the server app")
 	case <-s.done:
 		if err := s.Failure(); err != nil {
 			return err
 		}
-		<-app.Done()
+		<-ended
 	}
 	exit := app.Exit()
 	if exit.OK() {
