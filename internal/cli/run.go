@@ -164,7 +164,7 @@ func (f *runFlags) run(ctx context.Context, e env, app string) error {
 			}
 		}
 	}()
-	m := &machine{w: json.NewEncoder(e.stdout)}
+	m := &machine{w: json.NewEncoder(e.stdout), quiet: f.quiet}
 	var show printer = m
 	if !f.json {
 		show = &people{w: e.stderr, flags: f, tty: isTerminal(e.stderr), began: time.Now()}
@@ -222,8 +222,9 @@ type printer interface {
 
 // machine prints one JSON object per line.
 type machine struct {
-	w   *json.Encoder
-	err error
+	w     *json.Encoder
+	quiet bool // no log lines
+	err   error
 }
 
 type line struct {
@@ -235,6 +236,9 @@ type line struct {
 }
 
 func (m *machine) event(e localrun.Event) {
+	if m.quiet && e.Kind == localrun.KindLog {
+		return
+	}
 	var body any
 	if len(e.Body) > 0 {
 		body = e.Body
