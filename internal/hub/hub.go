@@ -10,7 +10,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -20,11 +19,11 @@ import (
 	"sync"
 	"time"
 
-	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/pergolafl/pergola/internal/api"
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
+	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/link"
 	"github.com/pergolafl/pergola/internal/pki"
@@ -83,7 +82,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 		return nil, err
 	}
 	h := &Hub{dir: dir, log: log, sites: map[string]*siteState{}, jobs: map[job.ID]*control{}}
-	if err := readTOML(filepath.Join(dir, ConfigFile), &h.conf); err != nil {
+	if err := config.Read(filepath.Join(dir, ConfigFile), &h.conf); err != nil {
 		return nil, err
 	}
 	if err := h.conf.check(); err != nil {
@@ -120,25 +119,6 @@ const ListeningPrefix = "listening on "
 
 // DatabaseFile is the store's name in the hub's directory.
 const DatabaseFile = "pergola.db"
-
-func readTOML(path string, into any) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return problem.Wrap(err, problem.Usage, "", "cannot read the configuration")
-	}
-	defer f.Close()
-	if err := toml.NewDecoder(f).DisallowUnknownFields().Decode(into); err != nil {
-		detail := err.Error()
-		if s, ok := errors.AsType[*toml.StrictMissingError](err); ok {
-			detail = "unknown key\n" + s.String()
-		} else if d, ok := errors.AsType[*toml.DecodeError](err); ok {
-			row, _ := d.Position()
-			detail = fmt.Sprintf("line %d: %s", row, d.Error())
-		}
-		return problem.New(problem.Usage, "correct that line", "%s: %s", path, detail)
-	}
-	return nil
-}
 
 func (c *Config) check() error {
 	if c.Listen == "" {

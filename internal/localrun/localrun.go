@@ -19,12 +19,12 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
-	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/bundle"
+	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/hub"
 	"github.com/pergolafl/pergola/internal/job"
@@ -414,14 +414,6 @@ func (r *run) keypair(auth *pki.Authority, dir, name string, id pki.Identity, ho
 	return pki.SaveKeypair(dir, name, pair)
 }
 
-func writeTOML(path string, v any) error {
-	b, err := toml.Marshal(v)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(path, b, 0o600)
-}
-
 // siteGrace is short: nobody restarts an agent of a local run.
 const siteGrace = job.Duration(5 * time.Second)
 
@@ -438,7 +430,7 @@ func (r *run) startHub(ctx context.Context, auth *pki.Authority, env []string) (
 		listen = "127.0.0.1:0"
 	}
 	mark := fmt.Sprintf("run-%d-%d", os.Getpid(), r.began.UnixNano())
-	if err := writeTOML(filepath.Join(dir, hub.ConfigFile), hub.Config{
+	if err := config.Write(filepath.Join(dir, hub.ConfigFile), hub.Config{
 		Listen: listen, Sites: r.names, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, SiteGrace: siteGrace, Mark: mark,
 	}); err != nil {
 		return nil, "", diskProblem(err, r.out)
@@ -481,7 +473,7 @@ func (r *run) startSites(auth *pki.Authority, addr string, env []string) ([]*pro
 			return out, diskProblem(err, r.out)
 		}
 		mark := fmt.Sprintf("run-%d-%d", os.Getpid(), r.began.UnixNano())
-		if err := writeTOML(filepath.Join(dir, site.ConfigFile), site.Config{
+		if err := config.Write(filepath.Join(dir, site.ConfigFile), site.Config{
 			Name: n, Hub: addr, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, Mark: mark,
 		}); err != nil {
 			return out, diskProblem(err, r.out)

@@ -17,10 +17,10 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
-	"github.com/pelletier/go-toml/v2"
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
@@ -60,7 +60,7 @@ func Open(dir string, log *slog.Logger) (*Agent, error) {
 		return nil, err
 	}
 	a := &Agent{dir: dir, log: log, parts: map[job.ID]*part{}}
-	if err := readTOML(filepath.Join(dir, ConfigFile), &a.conf); err != nil {
+	if err := config.Read(filepath.Join(dir, ConfigFile), &a.conf); err != nil {
 		return nil, err
 	}
 	if err := job.CheckName("site", a.conf.Name); err != nil {
@@ -94,18 +94,6 @@ func Open(dir string, log *slog.Logger) (*Agent, error) {
 		}
 	}
 	return a, nil
-}
-
-func readTOML(path string, into any) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return problem.Wrap(err, problem.Usage, "", "cannot read the configuration")
-	}
-	defer f.Close()
-	if err := toml.NewDecoder(f).DisallowUnknownFields().Decode(into); err != nil {
-		return problem.Wrap(err, problem.Usage, "correct that line", "%s", path)
-	}
-	return nil
 }
 
 // Run keeps what the hub wants until ctx is done. Runners go on without the agent.
