@@ -6,9 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -16,11 +13,8 @@ import (
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
-	"github.com/pergolafl/pergola/internal/hub"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/problem"
-	"github.com/pergolafl/pergola/internal/proc"
-	"github.com/pergolafl/pergola/internal/store/sqlite"
 )
 
 // show hands an event on, keeps it in events.jsonl, and takes from it what the summary needs.
@@ -167,131 +161,6 @@ func (r *run) lineOf(party, file string, line []byte) {
 		line = line[:maxLine]
 	}
 	r.line(party, name, strings.ToValidUTF8(strings.TrimRight(string(line), "\r"), "\uFFFD"))
-}
-
-// tidy ends what is left, settles the job if its hub could not, and keeps of the run's files what the user wants: logs,
-// results and the store.
-func (r *run) tidy(cause error) error {
-	if _, err := proc.KillTree(os.Getpid()); err != nil {
-		return err
-	}
-	hubDir := filepath.Join(r.state, "hub")
-	if cause != nil && r.summary.Job != "" {
-		if err := r.settle(filepath.Join(hubDir, hub.DatabaseFile), problem.From(cause)); err != nil && problem.CodeOf(cause) != problem.DiskFull {
-			return err
-		}
-	}
-	var errs []error
-	if r.summary.Job != "" {
-		jobDir := filepath.Join(hubDir, "jobs", string(r.summary.Job))
-		errs = append(errs, moveInto(filepath.Join(jobDir, "logs"), filepath.Join(r.out, "logs")),
-			moveInto(filepath.Join(jobDir, "results"), filepath.Join(r.out, "results")),
-			rename(filepath.Join(jobDir, "party", "runner.log"), filepath.Join(r.out, "logs", "hub-runner.log")))
-	}
-	for _, n := range r.names {
-		m, err := filepath.Glob(filepath.Join(r.state, n, "jobs", "*", "party", "runner.log"))
-		errs = append(errs, err)
-		for _, f := range m {
-			errs = append(errs, rename(f, filepath.Join(r.out, "logs", n+"-runner.log")))
-		}
-	}
-	for _, f := range []string{"", "-wal", "-shm"} {
-		errs = append(errs, rename(filepath.Join(hubDir, hub.DatabaseFile+f), filepath.Join(r.out, hub.DatabaseFile+f)))
-	}
-	errs = append(errs, os.RemoveAll(r.state))
-	if err := errors.Join(errs...); err != nil {
-		return problem.Wrap(err, problem.Internal, "remove "+r.state+" by hand", "the run's files could not be tidied up")
-	}
-	return nil
-}
-
-// settle writes the end of a job whose hub is gone into its store.
-func (r *run) settle(path string, cause *problem.Error) error {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancel()
-	db, err := sqlite.Open(ctx, path)
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	j, err := db.Job(ctx, r.summary.Job)
-	if err != nil {
-		return err
-	}
-	now := time.Now()
-	if j.State.Active() {
-		if err := db.Move(ctx, j.ID, job.Stopping, cause, "", now); err != nil {
-			return err
-		}
-		j.State = job.Stopping
-	}
-	if j.State.Terminal() {
-		return nil
-	}
-	ps, err := db.Parties(ctx, j.ID)
-	if err != nil {
-		return err
-	}
-	for _, p := range ps {
-		if !p.State.Terminal() {
-			if err := db.MoveParty(ctx, j.ID, p.Name, job.PartyDone, nil, "ended with the job", now); err != nil {
-				return err
-			}
-		}
-	}
-	if err := db.Move(ctx, j.ID, j.State.Outcome(cause), cause, "", now); err != nil {
-		return err
-	}
-	r.mu.Lock()
-	r.summary.State = j.State.Outcome(cause)
-	r.mu.Unlock()
-	return nil
-}
-
-// moveInto renames the entries of a folder into another one.
-func moveInto(from, to string) error {
-	es, err := os.ReadDir(from)
-	if os.IsNotExist(err) || len(es) == 0 {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(to, 0o755); err != nil {
-		return err
-	}
-	var errs []error
-	for _, e := range es {
-		if d := filepath.Join(from, e.Name()); e.IsDir() && isEmpty(d) {
-			continue
-		}
-		errs = append(errs, rename(filepath.Join(from, e.Name()), filepath.Join(to, e.Name())))
-	}
-	return errors.Join(errs...)
-}
-
-func isEmpty(dir string) bool {
-	es, err := os.ReadDir(dir)
-	return err == nil && len(es) == 0
-}
-
-func rename(from, to string) error {
-	if err := os.Rename(from, to); err != nil && !os.IsNotExist(err) {
-		return err
-	}
-	return nil
-}
-
-// dialable makes an address that can be dialled of one that is listened on.
-func dialable(addr string) string {
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return addr
-	}
-	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
-		return net.JoinHostPort("127.0.0.1", port)
-	}
-	return addr
 }
 
 // isProblem tells whether the hub has said what is wrong, so that asking again is of no use.

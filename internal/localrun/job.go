@@ -1,0 +1,168 @@
+package localrun
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/pergolafl/pergola/internal/api"
+	"github.com/pergolafl/pergola/internal/bundle"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/proc"
+)
+
+func (r *run) submit(ctx context.Context, c *api.Client, packed *bundle.Bundle) (job.ID, error) {
+	up, err := c.Bundles.UploadBundle(ctx)
+	if err != nil {
+		return "", err
+	}
+	pr, pw := io.Pipe()
+	var g errgroup.Group
+	g.Go(func() error {
+		err := packed.Write(pw)
+		pw.CloseWithError(err) // nil: end of file
+		return err
+	})
+	buf := make([]byte, api.MaxChunk)
+	for {
+		n, err := io.ReadFull(pr, buf)
+		if n > 0 {
+			if e := up.Send(&pb.UploadBundleRequest{Digest: packed.Digest, Data: buf[:n]}); e != nil {
+				break // CloseAndReceive says why
+			}
+		}
+		if err != nil {
+			break
+		}
+	}
+	_ = pr.Close() // never fails
+	if err := g.Wait(); err != nil && !errors.Is(err, io.ErrClosedPipe) {
+		return "", err
+	}
+	if _, err := up.CloseAndReceive(); err != nil {
+		return "", err
+	}
+	spec, err := json.Marshal(r.spec)
+	if err != nil {
+		return "", err
+	}
+	res, err := c.Jobs.SubmitJob(ctx, &pb.SubmitJobRequest{Name: jobName(r.app.Name), BundleDigest: packed.Digest, SpecJson: string(spec)})
+	if err != nil {
+		return "", err
+	}
+	return job.ID(res.GetJob().GetId()), nil
+}
+
+// killPatience is how long a job has to end at once before this command ends it.
+const killPatience = 5 * time.Second
+
+// follow shows the job until it is over, and gives its cause.
+func (r *run) follow(ctx context.Context, c *api.Client, id job.ID, hp *proc.Process) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	g, gctx := errgroup.WithContext(ctx)
+	over := make(chan struct{})
+	var lost error
+	g.Go(func() error { // the user's wishes, and the hub's life
+		var late <-chan time.Time
+		interrupted, killed := r.opt.Interrupted, r.opt.Killed
+		for {
+			select {
+			case <-interrupted:
+				interrupted = nil
+				r.note("ending the job in order; interrupt again to end it at once")
+				if _, err := c.Jobs.AbortJob(gctx, &pb.AbortJobRequest{Id: string(id)}); err != nil && gctx.Err() == nil {
+					return err
+				}
+			case <-killed:
+				killed = nil
+				late = time.After(killPatience)
+				if _, err := c.Jobs.AbortJob(gctx, &pb.AbortJobRequest{Id: string(id), Now: true}); err != nil && gctx.Err() == nil {
+					return err
+				}
+			case <-late:
+				return aborted() // what is left is ended by whoever called
+			case <-hp.Done():
+				lost = r.lost(hp)
+				return lost
+			case <-over:
+				return nil
+			case <-gctx.Done():
+				return nil
+			}
+		}
+	})
+	g.Go(func() error {
+		defer close(over)
+		return r.watch(gctx, c, id)
+	})
+	g.Go(func() error {
+		err := r.tail(gctx, c, id)
+		if problem.CodeOf(err) == problem.HubUnreachable || gctx.Err() != nil {
+			err = nil // the watcher decides what that means
+		}
+		return err
+	})
+	err := g.Wait()
+	if err == nil || problem.CodeOf(err) == problem.AbortedByUser {
+		if err == nil && r.summary.Cause != nil {
+			return r.summary.Cause
+		}
+		return err
+	}
+	// The hub's end shows first as broken calls: give it a moment to be known as what it is.
+	if lost == nil {
+		select {
+		case <-hp.Done():
+			lost = r.lost(hp)
+		case <-time.After(2 * time.Second):
+		}
+	}
+	if lost != nil {
+		return lost
+	}
+	return err
+}
+
+// watch shows events, and takes the summary from them.
+func (r *run) watch(ctx context.Context, c *api.Client, id job.ID) error {
+	var after int64
+	bo := backoff.NewExponentialBackOff()
+	bo.InitialInterval, bo.MaxInterval = 50*time.Millisecond, time.Second
+	for {
+		s, err := c.Jobs.WatchJob(ctx, &pb.WatchJobRequest{Id: string(id), After: after})
+		for err == nil {
+			var m *pb.WatchJobResponse
+			if m, err = s.Receive(); err != nil {
+				break
+			}
+			e, e2 := api.FromEvent(m.GetEvent())
+			if e2 != nil {
+				return e2
+			}
+			after = e.Seq
+			bo.Reset()
+			r.show(Event{Event: e})
+		}
+		_ = s.Close() // what ended it is known already
+		switch {
+		case r.sawEnd():
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case problem.CodeOf(err) != problem.HubUnreachable && !errors.Is(err, io.EOF) && isProblem(err):
+			return err
+		}
+		select { // the connection broke: go on behind the last event
+		case <-time.After(bo.NextBackOff()):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
