@@ -195,7 +195,7 @@ func died(name, log string, process *proc.Process) *problem.Error {
 	if exit.OOM {
 		code, next = problem.OutOfMemory, "give the machine more memory, or the app less work at a time"
 	}
-	e := problem.New(code, next, "%s ended unexpectedly with %s%s", name, exit, lastWords(process.Tail(20)))
+	e := problem.New(code, next, "%s ended unexpectedly (%s)%s", name, exit, lastWords(process.Tail(20)))
 	e.Log = log
 	return e
 }

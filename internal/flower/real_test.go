@@ -491,7 +491,7 @@ func TestStartServerThatCannot(t *testing.T) {
 		return err
 	}
 	if err := start(superlink("echo no such thing >&2; exit 3\n"), t.Context()); problem.CodeOf(err) != problem.ProgramFailed ||
-		!strings.Contains(err.Error(), "flower-superlink ended unexpectedly with exit code 3") || !strings.Contains(err.Error(), "no such thing") {
+		!strings.Contains(err.Error(), "flower-superlink ended unexpectedly (exit code 3)") || !strings.Contains(err.Error(), "no such thing") {
 		t.Errorf("one that fails: %v", err)
 	}
 	if err := start(superlink("echo waiting; sleep 60\n"), t.Context()); problem.CodeOf(err) != problem.StartTimeout || !strings.Contains(err.Error(), "waiting") {
