@@ -1,4 +1,4 @@
-"""Partition raise-partition raises in round raise-at; with 2 clients the losses are 4 and 10."""
+"""Partition raise-partition raises in round raise-at; with 2 clients the losses are 4 and 10 where failures are accepted."""
 
 import numpy as np
 from flwr.client import ClientApp, NumPyClient
@@ -31,9 +31,19 @@ def mean(results):
     return {k: sum(n * m[k] for n, m in results) / total for k in results[0][1]}
 
 
+class Strict(FedAvg):
+    """Ends the run when a client has failed; FedAvg itself goes on, whatever accept_failures is."""
+
+    def aggregate_fit(self, server_round, results, failures):
+        if failures and not self.accept_failures:
+            raise RuntimeError(f"{len(failures)} clients failed in round {server_round}")
+        return super().aggregate_fit(server_round, results, failures)
+
+
 def server_fn(context: Context):
     clients = int(context.run_config.get("clients", 2))
-    strategy = FedAvg(
+    strategy = Strict(
+        accept_failures=bool(context.run_config.get("accept-failures", True)),
         min_fit_clients=clients,
         min_evaluate_clients=clients,
         min_available_clients=clients,

@@ -1,0 +1,1 @@
+"""Its clients print a lot in every fit."""

@@ -1,0 +1,493 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/problem"
+)
+
+// The versions of flwr that the cases run with: the oldest starts fastest, the newest starts a process per message.
+const (
+	oldFlwr = "1.12.0"
+	newFlwr = "1.41.0"
+)
+
+// ending is a case: what is run, what happens to it, and how it has to end. Everything that holds for every end is
+// checked by run.end.
+type ending struct {
+	name string // a sentence
+	app  string
+	args []string
+	flwr string // "" = oldFlwr; "-" = no --flwr
+	prep func(t *testing.T, s *spec)
+	act  func(r *run) // what happens; nil: nothing
+
+	state job.State // "" = failed
+	code  problem.Code
+	party string
+	says  []string // in the message
+	next  string   // in what to do
+	exit  int      // where it is not that of the code
+	more  func(t *testing.T, res result)
+}
+
+// sleepy are arguments for the app slow, so that it is surely in its first round when something happens to it.
+var sleepy = []string{"--run-config", "sleep=40"}
+
+// inRound kills a process when round 1 goes on.
+func inRound(which func(r *run) int) func(*run) {
+	return func(r *run) {
+		r.round(1)
+		r.kill(which(r))
+	}
+}
+
+func service(role, party string) func(*run) int {
+	return func(r *run) int { return r.service(role, party) }
+}
+
+func program(party, name string) func(*run) int {
+	return func(r *run) int { return r.program(party, name) }
+}
+
+var endings = []ending{
+	{
+		name: "the server app raises in its second round",
+		app:  "raise-server",
+		code: problem.AppError, party: "hub", says: []string{"ZeroDivisionError: the server app was asked to fail in round 2"}, next: "correct the app",
+	},
+	{
+		name: "the server app raises at once, newest flwr",
+		app:  "raise-server", args: []string{"--run-config", "raise-at=0"}, flwr: newFlwr,
+		code: problem.AppError, party: "hub", says: []string{"ZeroDivisionError: the server app was asked to fail at once"}, next: "correct the app",
+	},
+	{
+		name: "the server app imports what is not there",
+		app:  "import-error",
+		code: problem.DependencyMissing, party: "hub", says: []string{"pergola_not_a_dependency"}, next: "dependencies in the app's pyproject.toml",
+	},
+	{
+		name: "one client app raises and the strategy goes on",
+		app:  "raise-client", state: job.Succeeded, more: toldOfClient,
+	},
+	{
+		name: "one client app raises and the strategy goes on, newest flwr",
+		app:  "raise-client", flwr: newFlwr, state: job.Succeeded, more: toldOfClient,
+	},
+	{
+		name: "one client app raises and the strategy does not accept it",
+		app:  "raise-client", args: []string{"--run-config", "accept-failures=false"},
+		code: problem.AppError, party: "hub", says: []string{"1 clients failed in round 1"}, more: toldOfClient,
+	},
+	{
+		name: "the directory is no Flower app",
+		app:  "no-flwr", code: problem.AppInvalid, says: []string{"[tool.flwr.app]"}, next: "pyproject",
+	},
+	{
+		name: "a dependency does not exist",
+		app:  "missing-dep", code: problem.EnvBuildFailed, says: []string{"pergola-no-such-package-xyz"}, next: "dependencies",
+	},
+	{
+		name: "the version of flwr does not exist",
+		app:  "tiny", flwr: "99.0.0", code: problem.FlwrUnavailable, says: []string{"99.0.0"},
+	},
+	{
+		name: "there is no Python where --python says",
+		app:  "tiny", flwr: "-", args: []string{"--python", "/no/such/python"}, code: problem.PythonUnsuitable, says: []string{"/no/such/python"},
+	},
+	{
+		name: "the Python is too old",
+		app:  "tiny", flwr: "-", prep: oldPython, code: problem.PythonUnsuitable, says: []string{"3.8", "3.10"},
+	},
+	{
+		name: "the Python lacks flwr and numpy",
+		app:  "tiny", flwr: "-", prep: barePython, code: problem.DependencyMissing, says: []string{"flwr", "numpy"}, next: "install",
+	},
+	{
+		name: "a site's agent is killed in a round",
+		app:  "slow", args: sleepy, act: inRound(service("site", "site-1")),
+		code: problem.SiteLost, party: "site-1", says: []string{"site-1"},
+	},
+	{
+		name: "a site's agent is killed while its party prepares",
+		app:  "slow", args: sleepy, act: func(r *run) {
+			r.wait("site-2 preparing", func(e event) bool { return e.Kind == job.KindPartyState && e.Party == "site-2" })
+			r.kill(r.service("site", "site-2"))
+		},
+		code: problem.SiteLost, party: "site-2", says: []string{"site-2"},
+	},
+	{
+		name: "a site's runner is killed",
+		app:  "slow", args: sleepy, act: inRound(service("runner", "site-2")),
+		code: problem.SiteRunnerDied, party: "site-2", says: []string{"site-2"},
+	},
+	{
+		name: "a site's runner is killed, newest flwr",
+		app:  "slow", args: sleepy, flwr: newFlwr, act: inRound(service("runner", "site-2")),
+		code: problem.SiteRunnerDied, party: "site-2", says: []string{"site-2"},
+	},
+	{
+		name: "the hub's runner is killed",
+		app:  "slow", args: sleepy, act: inRound(service("runner", "hub")),
+		code: problem.HubRunnerDied, party: "hub", says: []string{"hub"},
+	},
+	{
+		name: "the superlink is killed",
+		app:  "slow", args: sleepy, act: inRound(program("hub", "flower-superlink")),
+		code: problem.ProgramFailed, party: "hub", says: []string{"flower-superlink", "killed"},
+	},
+	{
+		name: "the superlink is killed, newest flwr",
+		app:  "slow", args: sleepy, flwr: newFlwr, act: inRound(program("hub", "flower-superlink")),
+		code: problem.ProgramFailed, party: "hub", says: []string{"flower-superlink", "killed"},
+	},
+	{
+		name: "a supernode is killed",
+		app:  "slow", args: sleepy, act: inRound(program("site-1", "flower-supernode")),
+		code: problem.ProgramFailed, party: "site-1", says: []string{"flower-supernode", "killed"},
+	},
+	{
+		name: "a supernode is killed before the app runs",
+		app:  "slow", args: sleepy, act: func(r *run) { r.kill(r.program("site-1", "flower-supernode")) },
+		code: problem.ProgramFailed, party: "site-1", says: []string{"flower-supernode", "killed"},
+	},
+	{
+		name: "the server app is killed",
+		app:  "slow", args: sleepy, act: inRound(program("hub", "flower-server-app")),
+		code: problem.AppError, party: "hub", says: []string{"killed"},
+	},
+	{
+		name: "the hub is killed",
+		app:  "slow", args: sleepy, act: inRound(service("hub", "hub")),
+		code: problem.HubLost, party: "hub", says: []string{"hub"},
+	},
+	{
+		name: "the hub is killed while the parties prepare, newest flwr",
+		app:  "slow", args: sleepy, flwr: newFlwr, act: func(r *run) {
+			r.jobState(job.Preparing)
+			r.kill(r.service("hub", "hub"))
+		},
+		code: problem.HubLost, party: "hub", says: []string{"hub"},
+	},
+	{
+		name: "the deadline passes in a round",
+		app:  "slow", args: append([]string{"--deadline", "12s"}, sleepy...), act: after(job.Preparing, 12*time.Second),
+		code: problem.Deadline, says: []string{"12s"}, next: "--deadline",
+	},
+	{
+		name: "a client app hangs and nothing moves",
+		app:  "hang-client", args: []string{"--no-progress", "15s"}, act: afterRound(15 * time.Second),
+		code: problem.NoProgress, says: []string{"15s"},
+	},
+	{
+		name: "a client app hangs and nothing moves, newest flwr",
+		app:  "hang-client", args: []string{"--no-progress", "15s"}, flwr: newFlwr, act: afterRound(15 * time.Second),
+		code: problem.NoProgress, says: []string{"15s"},
+	},
+	{
+		name: "a client app hangs until the deadline",
+		app:  "hang-client", args: []string{"--deadline", "15s"}, act: after(job.Preparing, 15*time.Second),
+		code: problem.Deadline, says: []string{"15s"},
+	},
+	{
+		name: "Ctrl-C in a round",
+		app:  "slow", args: sleepy, act: func(r *run) {
+			r.round(1)
+			r.interrupt()
+		},
+		state: job.Aborted, code: problem.AbortedByUser,
+	},
+	{
+		name: "Ctrl-C before there is a job",
+		app:  "slow", args: sleepy, act: func(r *run) {
+			r.wait("the resolving of versions", func(e event) bool { return e.Kind == job.KindEnvProgress })
+			r.interrupt()
+		},
+		state: job.Aborted, code: problem.AbortedByUser,
+	},
+	{
+		name: "Ctrl-C while the parties prepare, newest flwr",
+		app:  "slow", args: sleepy, flwr: newFlwr, act: func(r *run) {
+			r.jobState(job.Preparing)
+			r.interrupt()
+		},
+		state: job.Aborted, code: problem.AbortedByUser,
+	},
+	{
+		name: "Ctrl-C twice",
+		app:  "slow", args: sleepy, act: func(r *run) {
+			r.round(1)
+			r.interrupt()
+			r.jobState(job.Stopping)
+			r.interrupt()
+		},
+		state: job.Aborted, code: problem.AbortedByUser,
+	},
+	{
+		name: "APPDIR is a file",
+		app:  "tiny", prep: appAt(func(path string) error { return os.WriteFile(path, []byte("x"), 0o600) }),
+		code: problem.AppInvalid, says: []string{"not a directory"},
+	},
+	{
+		name: "APPDIR does not exist",
+		app:  "tiny", prep: appAt(func(string) error { return nil }),
+		code: problem.AppInvalid,
+	},
+	{
+		name: "APPDIR is empty",
+		app:  "tiny", prep: appAt(func(path string) error { return os.Mkdir(path, 0o700) }),
+		code: problem.AppInvalid,
+	},
+	{
+		name: "APPDIR is a loop of symbolic links",
+		app:  "tiny", prep: appAt(func(path string) error { return os.Symlink(filepath.Base(path), path) }),
+		code: problem.AppInvalid,
+	},
+	{
+		name: "APPDIR has a loop of symbolic links",
+		app:  "tiny", prep: copied(func(dir string) error { return os.Symlink("round", filepath.Join(dir, "round")) }),
+		code: problem.AppInvalid, says: []string{"round"},
+	},
+	{
+		name: "APPDIR is huge",
+		app:  "tiny", prep: copied(func(dir string) error {
+			if err := os.WriteFile(filepath.Join(dir, "scan.bin"), nil, 0o600); err != nil {
+				return err
+			}
+			return os.Truncate(filepath.Join(dir, "scan.bin"), 40<<30) // sparse
+		}),
+		code: problem.AppInvalid, says: []string{"scan.bin"},
+	},
+	{
+		name: "APPDIR cannot be read",
+		app:  "tiny", prep: unreadable, code: problem.AppInvalid, says: []string{"permission denied"},
+	},
+	{
+		name: "a key of [tool.pergola] is unknown",
+		app:  "tiny", prep: copied(func(dir string) error {
+			return appendTo(filepath.Join(dir, "pyproject.toml"), "\n[tool.pergola]\ndedline = \"6h\"\n")
+		}),
+		code: problem.Usage, says: []string{"dedline", "deadline", "line 29"},
+	},
+	{
+		name: "a key of --run-config is unknown",
+		app:  "tiny", args: []string{"--run-config", "num-server-round=3"},
+		code: problem.Usage, says: []string{"num-server-round", "num-server-rounds"},
+	},
+	{
+		name: "--sites 0",
+		app:  "tiny", args: []string{"--sites", "0"}, code: problem.Usage, says: []string{"--sites 0"}, next: "1 to 64",
+	},
+	{
+		name: "a duration is none",
+		app:  "tiny", args: []string{"--deadline", "soon"}, code: problem.Usage, says: []string{"--deadline", "soon"}, next: "30m",
+	},
+}
+
+func TestEndings(t *testing.T) {
+	for _, c := range endings {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := spec{app: c.app, args: slices.Clone(c.args)}
+			switch c.flwr {
+			case "":
+				s.args = append(s.args, "--flwr", oldFlwr)
+			case "-":
+			default:
+				s.args = append(s.args, "--flwr", c.flwr)
+			}
+			if c.prep != nil {
+				c.prep(t, &s)
+			}
+			r := start(t, s)
+			if c.act != nil {
+				c.act(r)
+			}
+			c.check(t, r.end())
+		})
+	}
+}
+
+// check compares an end with what the case says.
+func (c ending) check(t *testing.T, res result) {
+	t.Helper()
+	want := c.state
+	if want == "" {
+		want = job.Failed
+	}
+	if res.Summary.State != want {
+		t.Errorf("state %s, want %s", res.Summary.State, want)
+	}
+	exit := c.exit
+	if exit == 0 && c.code != "" {
+		exit = problem.Codes[c.code].Exit
+	}
+	if res.Code != exit {
+		t.Errorf("exit status %d, want %d", res.Code, exit)
+	}
+	if c.more != nil {
+		defer c.more(t, res)
+	}
+	if c.code == "" {
+		return
+	}
+	cause := res.Summary.Cause
+	if cause == nil {
+		t.Errorf("no cause, want %s", c.code)
+		return
+	}
+	if cause.Code != c.code || cause.Party != c.party {
+		t.Errorf("cause %s of %q, want %s of %q", cause.Code, cause.Party, c.code, c.party)
+	}
+	for _, s := range c.says {
+		if !strings.Contains(cause.Msg, s) {
+			t.Errorf("the cause says %q, without %q", cause.Msg, s)
+		}
+	}
+	if !strings.Contains(cause.Next, c.next) {
+		t.Errorf("what to do is %q, without %q", cause.Next, c.next)
+	}
+}
+
+// toldOfClient: the failure of the client app is in the events and in the summary, with its party and its exception.
+func toldOfClient(t *testing.T, res result) {
+	t.Helper()
+	const want = "ZeroDivisionError: the client app was asked to fail"
+	told := false
+	for _, e := range res.Events {
+		if e.Kind == job.KindClientFailure && e.Party == "site-2" && as[job.ClientFailure](t, e).Exception == want {
+			told = true
+		}
+	}
+	if !told {
+		t.Errorf("no event tells of %s at site-2", want)
+	}
+	told = false
+	for i, f := range res.Summary.Failures {
+		told = told || res.Summary.FailedAt[i] == "site-2" && f.Exception == want
+	}
+	if !told {
+		t.Errorf("the summary does not tell of %s at site-2: %+v at %v", want, res.Summary.Failures, res.Summary.FailedAt)
+	}
+}
+
+// after: the event that ends the job comes d after it entered the state.
+func after(s job.State, d time.Duration) func(*run) {
+	return func(r *run) { r.struck = r.jobState(s).Time.Add(d) }
+}
+
+// afterRound: the event that ends the job comes d after round 1 began.
+func afterRound(d time.Duration) func(*run) {
+	return func(r *run) { r.struck = r.round(1).Time.Add(d) }
+}
+
+// appAt has make put something at the path of the app.
+func appAt(put func(path string) error) func(*testing.T, *spec) {
+	return func(t *testing.T, s *spec) {
+		t.Helper()
+		s.app = filepath.Join(t.TempDir(), "app")
+		if err := put(s.app); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// copied has change alter a copy of the app.
+func copied(change func(dir string) error) func(*testing.T, *spec) {
+	return func(t *testing.T, s *spec) {
+		t.Helper()
+		dir := filepath.Join(t.TempDir(), "app")
+		if err := os.CopyFS(dir, os.DirFS(filepath.Join(apps, s.app))); err != nil {
+			t.Fatal(err)
+		}
+		if err := change(dir); err != nil {
+			t.Fatal(err)
+		}
+		s.app = dir
+	}
+}
+
+func appendTo(path, text string) error {
+	f, err := os.OpenFile(path, os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	if _, err := f.WriteString(text); err != nil {
+		f.Close()
+		return err
+	}
+	return f.Close()
+}
+
+// unreadable takes all permissions from a copy of the app. To root they mean nothing, but they do to a user namespace to
+// which no user is mapped.
+func unreadable(t *testing.T, s *spec) {
+	t.Helper()
+	copied(func(string) error { return nil })(t, s)
+	if os.Geteuid() == 0 {
+		if out, err := exec.Command("unshare", "-U", "true").CombinedOutput(); err != nil {
+			t.Skipf("as root, without a user namespace, every file can be read: %v: %s", err, out)
+		}
+		s.wrap = []string{"unshare", "-U"}
+	}
+	path := filepath.Join(s.app, "pyproject.toml")
+	if err := os.Chmod(path, 0); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Chmod(path, 0o600) }) // for the removal of the folder
+}
+
+// oldPython puts a program there that answers as Python 3.8 would.
+func oldPython(t *testing.T, s *spec) {
+	t.Helper()
+	real, err := exec.LookPath("python3")
+	if err != nil {
+		t.Skip("no python3 here to imitate an older one")
+	}
+	path := filepath.Join(t.TempDir(), "python3.8")
+	script := fmt.Sprintf("#!/bin/sh\n%q \"$@\" | sed -E 's/\"version\": \"[0-9.]+\"/\"version\": \"3.8.10\"/'\n", real)
+	if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s.args = append(s.args, "--python", path)
+}
+
+// barePython makes an interpreter that has no packages.
+func barePython(t *testing.T, s *spec) {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "bare")
+	if out, err := exec.Command("python3", "-m", "venv", "--without-pip", dir).CombinedOutput(); err != nil {
+		t.Skipf("no python3 with venv here: %v: %s", err, out)
+	}
+	s.args = append(s.args, "--python", filepath.Join(dir, "bin", "python"))
+}
+
+// The command itself is killed: nobody is left to tidy up, and everything goes away by itself.
+func TestKilledCommandLeavesNothing(t *testing.T) {
+	for _, c := range []struct {
+		name, flwr string
+		when       func(*run)
+	}{
+		{"in a round", oldFlwr, func(r *run) { r.round(1) }},
+		{"while the parties prepare", oldFlwr, func(r *run) { r.jobState(job.Preparing) }},
+		{"in a round, newest flwr", newFlwr, func(r *run) { r.round(1) }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			r := start(t, spec{app: "slow", args: append([]string{"--flwr", c.flwr}, sleepy...)})
+			c.when(r)
+			r.kill(r.cmd.Process.Pid)
+			if res := r.end(); res.Code != -9 {
+				t.Errorf("exit %d, want a kill", res.Code)
+			}
+		})
+	}
+}
