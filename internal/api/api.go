@@ -52,7 +52,7 @@ func NewClient(addr string, conf *tls.Config) *Client {
 	conf = conf.Clone()
 	conf.NextProtos = []string{"h2", "http/1.1"}
 	t := &http.Transport{
-		TLSClientConfig: conf, ForceAttemptHTTP2: true, Proxy: http.ProxyFromEnvironment,
+		TLSClientConfig: conf, ForceAttemptHTTP2: true, Proxy: http.ProxyFromEnvironment, TLSHandshakeTimeout: 10 * time.Second,
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
 	}
 	return newClient(t, "https://"+addr)

@@ -78,15 +78,11 @@ func (r *run) follow(ctx context.Context, c *api.Client, id job.ID, hp *proc.Pro
 			case <-interrupted:
 				interrupted = nil
 				r.note("ending the job in order; interrupt again to end it at once")
-				if _, err := c.Jobs.AbortJob(gctx, &pb.AbortJobRequest{Id: string(id)}); err != nil && gctx.Err() == nil {
-					return err
-				}
+				r.abort(gctx, c, &pb.AbortJobRequest{Id: string(id)})
 			case <-killed:
 				killed = nil
 				late = time.After(killPatience)
-				if _, err := c.Jobs.AbortJob(gctx, &pb.AbortJobRequest{Id: string(id), Now: true}); err != nil && gctx.Err() == nil {
-					return err
-				}
+				r.abort(gctx, c, &pb.AbortJobRequest{Id: string(id), Now: true})
 			case <-late:
 				return aborted() // what is left is ended by whoever called
 			case <-hp.Done():
@@ -131,13 +127,31 @@ func (r *run) follow(ctx context.Context, c *api.Client, id job.ID, hp *proc.Pro
 	return err
 }
 
+// abortPatience is how long the hub may take to answer a request to abort: the user may have a second one.
+const abortPatience = 3 * time.Second
+
+// abort asks the hub for the job's end. A hub that does not answer is noticed by whoever watches the job.
+func (r *run) abort(ctx context.Context, c *api.Client, req *pb.AbortJobRequest) {
+	ctx, cancel := context.WithTimeout(ctx, abortPatience)
+	defer cancel()
+	if _, err := c.Jobs.AbortJob(ctx, req); err != nil && context.Cause(ctx) == nil {
+		r.note("the hub refused: %v", err)
+	}
+}
+
+// hubPatience is how long the hub may be silent before it counts as gone: a killed one is noticed at once, this is for
+// one that hangs.
+const hubPatience = 40 * time.Second
+
 // watch shows events, and takes the summary from them.
 func (r *run) watch(ctx context.Context, c *api.Client, id job.ID) error {
 	var after int64
 	bo := backoff.NewExponentialBackOff()
 	bo.InitialInterval, bo.MaxInterval = 50*time.Millisecond, time.Second
+	var broken time.Time // since when nothing came
 	for {
 		s, err := c.Jobs.WatchJob(ctx, &pb.WatchJobRequest{Id: string(id), After: after})
+		opened := err == nil
 		for err == nil {
 			var m *pb.WatchJobResponse
 			if m, err = s.Receive(); err != nil {
@@ -148,10 +162,16 @@ func (r *run) watch(ctx context.Context, c *api.Client, id job.ID) error {
 				return e2
 			}
 			after = e.Seq
+			broken = time.Time{}
 			bo.Reset()
 			r.show(Event{Event: e})
 		}
-		_ = s.Close() // what ended it is known already
+		if opened {
+			_ = s.Close() // what ended it is known already
+		}
+		if broken.IsZero() {
+			broken = time.Now()
+		}
 		switch {
 		case r.sawEnd():
 			return nil
@@ -159,6 +179,8 @@ func (r *run) watch(ctx context.Context, c *api.Client, id job.ID) error {
 			return context.Cause(ctx)
 		case problem.CodeOf(err) != problem.HubUnreachable && !errors.Is(err, io.EOF) && isProblem(err):
 			return err
+		case time.Since(broken) > hubPatience:
+			return &problem.Error{Code: problem.HubLost, Party: job.HubParty, Msg: "the hub has not answered for " + hubPatience.String(), Err: err, Next: "look into logs/hub.log below " + r.out + ", and run it again"}
 		}
 		select { // the connection broke: go on behind the last event
 		case <-time.After(bo.NextBackOff()):
