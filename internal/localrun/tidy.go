@@ -11,6 +11,8 @@ import (
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/proc"
+	"github.com/pergolafl/pergola/internal/runner"
+	"github.com/pergolafl/pergola/internal/site"
 	"github.com/pergolafl/pergola/internal/store/sqlite"
 )
 
@@ -31,14 +33,13 @@ func (r *run) tidy(cause error) error {
 		jobDir := filepath.Join(hubDir, "jobs", string(r.summary.Job))
 		errs = append(errs, moveInto(filepath.Join(jobDir, "logs"), filepath.Join(r.out, "logs")),
 			moveInto(filepath.Join(jobDir, "results"), filepath.Join(r.out, "results")),
-			rename(filepath.Join(jobDir, "party", "runner.log"), filepath.Join(r.out, "logs", "hub-runner.log")))
+			rename(runner.OutputFile(filepath.Join(jobDir, "party")), filepath.Join(r.out, "logs", "hub-runner.log")))
 	}
 	for _, n := range r.names {
-		m, err := filepath.Glob(filepath.Join(r.state, n, "jobs", "*", "party", "runner.log"))
-		errs = append(errs, err)
-		for _, f := range m {
-			errs = append(errs, rename(f, filepath.Join(r.out, "logs", n+"-runner.log")))
-		}
+		dir, to := filepath.Join(r.state, n), filepath.Join(r.out, "logs", n+"-runner.log")
+		// With the part if the agent was ended before it could tidy up, else where the agent keeps it.
+		errs = append(errs, rename(runner.OutputFile(filepath.Join(dir, "jobs", string(r.summary.Job), "party")), to),
+			rename(filepath.Join(dir, site.RunnerLogs, string(r.summary.Job)+".log"), to))
 	}
 	for _, f := range []string{"", "-wal", "-shm"} {
 		errs = append(errs, rename(filepath.Join(hubDir, hub.DatabaseFile+f), filepath.Join(r.out, hub.DatabaseFile+f)))

@@ -27,6 +27,9 @@ const CertName = certName
 // LinkSocket is the path of the socket to which the hub splices the links of the job whose hub party is in dir.
 func LinkSocket(dir string) string { return filepath.Join(dir, linkSock) }
 
+// OutputFile is where a runner's own log is in its party's directory.
+func OutputFile(dir string) string { return filepath.Join(dir, outputFile) }
+
 // Spec is what a starter hands to a runner. Paths are absolute.
 type Spec struct {
 	Job   job.ID   `json:"job"`

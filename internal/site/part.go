@@ -64,11 +64,41 @@ func (p *part) run(ctx context.Context) {
 	}
 	select {
 	case <-p.gone:
-		// The hub has all of the logs; what the app wrote stays only where the site's own settings say so.
+		p.keepLog()
+		// The hub has all of the programs' logs; what the app wrote stays only where the site's own settings say so.
 		if err := os.RemoveAll(p.agent.jobDir(p.id)); err != nil {
 			p.log.Error("could not remove the job's folder", "err", err)
 		}
 	case <-ctx.Done():
+	}
+}
+
+// RunnerLogs is the folder in the agent's directory in which the runners' own logs are kept after their jobs, as JOB.log;
+// keptLogs is of how many.
+const (
+	RunnerLogs = "runners"
+	keptLogs   = 100
+)
+
+// keepLog keeps the runner's own log, for whoever looks after the site.
+func (p *part) keepLog() {
+	dir := filepath.Join(p.agent.dir, RunnerLogs)
+	err := os.MkdirAll(dir, 0o700)
+	if err == nil {
+		err = os.Rename(runner.OutputFile(filepath.Join(p.agent.jobDir(p.id), "party")), filepath.Join(dir, string(p.id)+".log"))
+	}
+	if err != nil {
+		if !errors.Is(err, os.ErrNotExist) { // there was no runner
+			p.log.Error("could not keep the runner's log", "err", err)
+		}
+		return
+	}
+	es, err := os.ReadDir(dir) // sorted by name, which is by age
+	for i := 0; err == nil && i < len(es)-keptLogs; i++ {
+		err = os.Remove(filepath.Join(dir, es[i].Name()))
+	}
+	if err != nil {
+		p.log.Error("could not remove an old log", "err", err)
 	}
 }
 
