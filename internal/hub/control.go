@@ -437,8 +437,8 @@ func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job) e
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		cause := problem.Wrap(err, problem.HubRunnerDied, "submit the job again; the runner's own output is in "+filepath.Join(dir, "runner.log"), "the hub's runner of the job ended unexpectedly")
-		cause.Party = job.HubParty
+		cause := problem.Wrap(err, problem.HubRunnerDied, "submit the job again", "the hub's runner of the job ended unexpectedly")
+		cause.Party, cause.Log = job.HubParty, "runner.log"
 		c.fail(ctx, cause)
 	})
 	return nil

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -130,11 +131,19 @@ func (r *run) startHub(ctx context.Context, auth *pki.Authority, env []string) (
 	}
 }
 
+// lost is the problem of a hub that ended by itself, with what it printed last. Its log lines are for the log.
 func (r *run) lost(p *proc.Process) *problem.Error {
-	tail := strings.Join(p.Tail(3), " / ")
-	e := problem.New(problem.HubLost, "look into logs/hub.log below "+r.out+", and run it again", "the hub ended by itself (%s): %s", p.Exit(), tail)
+	exit := p.Exit()
+	said := slices.DeleteFunc(p.Tail(10), func(l string) bool {
+		return strings.HasPrefix(l, "{") || strings.HasPrefix(l, hub.ListeningPrefix)
+	})
+	tail := strings.Join(said, " / ")
+	e := problem.New(problem.HubLost, "look into logs/hub.log below "+r.out+", and run it again", "the hub ended by itself (%s)", exit)
+	if tail != "" {
+		e.Msg += ": " + tail
+	}
 	e.Party = job.HubParty
-	if strings.Contains(tail, "no space left") || strings.Contains(tail, "disk is full") {
+	if strings.Contains(tail, "no space") || strings.Contains(tail, "disk is full") {
 		e.Code, e.Next = problem.DiskFull, "make room on that disk, or choose another with --out"
 	}
 	return e

@@ -133,12 +133,16 @@ func (r *runner) obey(leash, done <-chan struct{}) {
 			r.end(errStop)
 		case pb.Desired_DESIRED_KILL:
 			r.end(errKill)
+			// Programs that are being stopped get no more of their time.
+			if _, err := proc.KillMarked(r.spec.Mark); err != nil {
+				r.log.Warn("programs could not be ended at once", "err", err)
+			}
 		}
 		select {
 		case <-changed:
 		case <-leash:
 			r.log.Warn("the command that this runner belongs to is gone")
-			r.end(errKill)
+			r.desired.set(pb.Desired_DESIRED_KILL, 0)
 			leash = nil
 		case <-done:
 			return
