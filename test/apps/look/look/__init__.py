@@ -1,0 +1,1 @@
+"""Tells what each client was given."""
