@@ -111,21 +111,31 @@ func (c *control) run(ctx context.Context) {
 // trouble deals with a step that failed, and says when to try again.
 func (c *control) trouble(err error, failures int) time.Duration {
 	c.hub.log.Error("a job cannot be moved on", "job", c.id, "err", err)
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if problem.CodeOf(err) == problem.DiskFull {
-		c.hub.makeRoom()
-		if c.forced == nil {
-			p := problem.New(problem.DiskFull, "make room on that disk, or choose another", "no space is left where the hub keeps its jobs (%s)", c.hub.dir)
-			p.Party = job.HubParty
-			c.forced = p
-		}
+		c.full()
 		if failures > 5 {
+			c.mu.Lock()
 			c.failed = true
+			c.mu.Unlock()
 			c.want.Set(pb.Desired_DESIRED_KILL, 0)
 		}
 	}
 	return min(time.Duration(failures)*100*time.Millisecond, 2*time.Second)
+}
+
+// full decides that the job ends because the hub has no space for it.
+func (c *control) full() {
+	c.hub.makeRoom()
+	c.mu.Lock()
+	first := c.forced == nil
+	if first {
+		c.forced = problem.New(problem.DiskFull, "make room on that disk, or choose another", "no space is left where the hub keeps its jobs (%s)", c.hub.dir)
+		c.forced.Party = job.HubParty
+	}
+	c.mu.Unlock()
+	if first {
+		c.hub.changed.Wake("") // this controller, too
+	}
 }
 
 // step looks at the job once and does what is due. Next is when to look again if nothing happens before.
@@ -438,6 +448,9 @@ func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job) e
 			return
 		}
 		cause := problem.Wrap(err, problem.HubRunnerDied, "submit the job again", "the hub's runner of the job ended unexpectedly")
+		if full := diskProblem(err); full != err {
+			cause = problem.From(full)
+		}
 		cause.Party, cause.Log = job.HubParty, "runner.log"
 		c.fail(ctx, cause)
 	})

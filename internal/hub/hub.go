@@ -102,11 +102,11 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	h.tls = pki.ServerTLS(cert, h.auth.Roots(), "h2", "http/1.1", link.ALPN)
 	for _, d := range []string{"jobs", "bundles"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
-			return nil, err
+			return nil, diskProblem(err)
 		}
 	}
 	if err := os.WriteFile(filepath.Join(dir, "reserve"), make([]byte, ballastBytes), 0o600); err != nil {
-		return nil, err
+		return nil, diskProblem(err)
 	}
 	if h.db, err = sqlite.Open(ctx, filepath.Join(dir, DatabaseFile)); err != nil {
 		return nil, err

@@ -537,11 +537,21 @@ func (s siteService) Report(ctx context.Context, req *pb.ReportRequest) (*pb.Rep
 		}
 		ev.Job, ev.Party = j.ID, name // a site speaks for itself alone
 		if err := s.record(ctx, runner.Entry{Seq: e.GetSeq(), Event: ev}); err != nil {
-			return nil, err
+			return nil, s.endIfFull(j.ID, err)
 		}
 		last = e.GetSeq()
 	}
 	return &pb.ReportResponse{Seq: last}, nil
+}
+
+// endIfFull ends a job of which something could not be stored for want of space, and gives err back.
+func (h *Hub) endIfFull(id job.ID, err error) error {
+	if problem.CodeOf(err) == problem.DiskFull {
+		if c := h.controller(id); c != nil {
+			c.full()
+		}
+	}
+	return err
 }
 
 // record stores what a runner wrote into its journal; twice is harmless.
@@ -607,10 +617,10 @@ func (s siteService) PushLogs(ctx context.Context, req *pb.PushLogsRequest) (*pb
 		}
 		dir := s.logDir(j.ID, name)
 		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return nil, diskProblem(err)
+			return nil, s.endIfFull(j.ID, diskProblem(err))
 		}
 		if _, err := logs.Append(filepath.Join(dir, c.GetFile()), c.GetOffset(), c.GetData()); err != nil {
-			return nil, diskProblem(err)
+			return nil, s.endIfFull(j.ID, diskProblem(err))
 		}
 	}
 	return &pb.PushLogsResponse{}, nil

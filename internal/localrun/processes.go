@@ -144,7 +144,7 @@ func (r *run) lost(p *proc.Process) *problem.Error {
 	}
 	e.Party = job.HubParty
 	if strings.Contains(tail, "no space") || strings.Contains(tail, "disk is full") {
-		e.Code, e.Next = problem.DiskFull, "make room on that disk, or choose another with --out"
+		e.Code, e.Msg, e.Next = problem.DiskFull, "no space is left in "+r.out, "make room on that disk, or choose another with --out"
 	}
 	return e
 }

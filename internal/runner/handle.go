@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
+	"golang.org/x/sys/unix"
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
@@ -155,10 +156,16 @@ func (h *Handle) leftovers(seq int64, fn func(Entry) error) error {
 			return nil
 		}
 	}
+	err = ErrDied
 	if h.exit != "" {
-		return fmt.Errorf("%w: %s", ErrDied, h.exit)
+		err = fmt.Errorf("%w: %s", err, h.exit)
 	}
-	return ErrDied
+	// A runner that could not even set its reserve aside has no place for a last word.
+	var st unix.Statfs_t
+	if unix.Statfs(h.dir, &st) == nil && st.Bavail*uint64(st.Bsize) < ballastBytes {
+		err = fmt.Errorf("%w: %w", err, syscall.ENOSPC)
+	}
+	return err
 }
 
 // SetDesired tells the runner what its party should be doing; sites counts with DESIRED_RUN.

@@ -148,6 +148,9 @@ func (p *part) do(ctx context.Context) error {
 	}
 	<-shipped
 	if err != nil && ctx.Err() == nil {
+		if full := p.disk(err); full != err {
+			return full
+		}
 		return problem.Wrap(err, problem.SiteRunnerDied, "submit the job again", "the runner at %s ended unexpectedly", a.conf.Name)
 	}
 	return nil
@@ -217,7 +220,7 @@ func (p *part) identity(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	res, err := retry(ctx, p.log, func() (*pb.IssueCertificateResponse, error) {
+	res, err := retry(ctx, p.log, final, func() (*pb.IssueCertificateResponse, error) {
 		return a.client.Sites.IssueCertificate(ctx, &pb.IssueCertificateRequest{JobId: string(p.id), CsrPem: string(csr)})
 	})
 	if err != nil {
@@ -242,7 +245,7 @@ func (p *part) fetch(ctx context.Context, digest string) (string, error) {
 	if _, err := os.Stat(dst); err == nil {
 		return dst, nil
 	}
-	_, err := retry(ctx, p.log, func() (struct{}, error) {
+	_, err := retry(ctx, p.log, final, func() (struct{}, error) {
 		s, err := a.client.Bundles.DownloadBundle(ctx, &pb.DownloadBundleRequest{Digest: digest})
 		if err != nil {
 			return struct{}{}, err
@@ -281,8 +284,19 @@ func final(err error) bool {
 	return ok && p.Code != problem.HubUnreachable
 }
 
-// retry calls f until the hub answers.
-func retry[T any](ctx context.Context, log *slog.Logger, f func() (T, error)) (T, error) {
+// refused tells whether the hub will never take what it was told. A hub without space may have some later.
+func refused(err error) bool {
+	switch p, ok := errors.AsType[*problem.Error](err); {
+	case !ok:
+		return false
+	case p.Code == problem.DiskFull, p.Code == problem.Internal:
+		return false
+	}
+	return final(err)
+}
+
+// retry calls f until the hub answers, or says that it is of no use.
+func retry[T any](ctx context.Context, log *slog.Logger, final func(error) bool, f func() (T, error)) (T, error) {
 	bo := backoff.NewExponentialBackOff()
 	bo.InitialInterval, bo.MaxInterval = 50*time.Millisecond, 5*time.Second
 	return backoff.Retry(ctx, func() (T, error) {
@@ -304,7 +318,7 @@ func (p *part) report(ctx context.Context, e runner.Entry) {
 	}
 	ctx, cancel := p.whileWanted(ctx)
 	defer cancel()
-	if _, err := retry(ctx, p.log, func() (*pb.ReportResponse, error) {
+	if _, err := retry(ctx, p.log, refused, func() (*pb.ReportResponse, error) {
 		return p.agent.client.Sites.Report(ctx, &pb.ReportRequest{JobId: string(p.id), Entries: []*pb.JournalEntry{{Seq: e.Seq, Event: ev}}})
 	}); err != nil && ctx.Err() == nil {
 		p.log.Error("the hub refused an entry", "kind", e.Event.Kind, "err", err)
@@ -328,12 +342,12 @@ func (p *part) whileWanted(ctx context.Context) (context.Context, context.Cancel
 func (p *part) ship(ctx context.Context, dir string, ended <-chan struct{}) {
 	ctx, cancel := p.whileWanted(ctx)
 	defer cancel()
-	res, err := retry(ctx, p.log, func() (*pb.GetLogOffsetsResponse, error) {
+	res, err := retry(ctx, p.log, final, func() (*pb.GetLogOffsetsResponse, error) {
 		return p.agent.client.Sites.GetLogOffsets(ctx, &pb.GetLogOffsetsRequest{JobId: string(p.id)})
 	})
 	if err == nil {
 		err = logs.FollowDir(ctx, dir, ended, res.GetOffsets(), func(name string, offset int64, data []byte) error {
-			_, err := retry(ctx, p.log, func() (*pb.PushLogsResponse, error) {
+			_, err := retry(ctx, p.log, final, func() (*pb.PushLogsResponse, error) {
 				return p.agent.client.Sites.PushLogs(ctx, &pb.PushLogsRequest{Chunks: []*pb.LogChunk{{JobId: string(p.id), Party: p.agent.conf.Name, File: name, Offset: offset, Data: data}}})
 			})
 			return err
