@@ -80,6 +80,11 @@ func (r *runner) prepare(ctx context.Context) (*prepared, error) {
 	if err := flower.Stage(app, contents.AppDir, p.dir, inst); err != nil {
 		return nil, err
 	}
+	if r.spec.IsHub() {
+		if r.staged, err = takeSnapshot(p.dir); err != nil {
+			return nil, err
+		}
+	}
 	p.ip, p.claim, err = claimAddress(ctx)
 	if err != nil {
 		return nil, err

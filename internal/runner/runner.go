@@ -55,6 +55,7 @@ type runner struct {
 	journal *journal
 	desired *cell
 	end     context.CancelCauseFunc // ends the party's work
+	staged  snapshot                // hub's party: the app's files before its programs start
 
 	mu       sync.Mutex // guards the rest
 	progress time.Time  // when the last sign of progress was written down
@@ -163,6 +164,12 @@ func (r *runner) party(ctx context.Context) *problem.Error {
 		r.log.Warn("programs that were left could not be ended", "err", e)
 	} else if n > 0 {
 		r.log.Warn("ended programs that their parents had left", "count", n)
+	}
+	if r.staged != nil {
+		if e := r.staged.collect(filepath.Join(r.dir, "app"), r.spec.Results); e != nil {
+			r.log.Warn("not all results could be kept", "err", e)
+			r.note(job.KindWarning, job.Text{Message: "not all results could be kept: " + e.Error()})
+		}
 	}
 	for _, name := range []string{"app", "flwr"} {
 		if e := os.RemoveAll(filepath.Join(r.dir, name)); e != nil {
