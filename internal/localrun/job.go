@@ -64,12 +64,15 @@ func (r *run) submit(ctx context.Context, c *api.Client, packed *bundle.Bundle) 
 const killPatience = 5 * time.Second
 
 // follow shows the job until it is over, and gives its cause.
-func (r *run) follow(ctx context.Context, c *api.Client, id job.ID, hp *proc.Process) error {
+func (r *run) follow(ctx context.Context, c *api.Client, id job.ID, hp *proc.Process, sites []*proc.Process) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	g, gctx := errgroup.WithContext(ctx)
 	over := make(chan struct{})
 	var lost error
+	for i, s := range sites {
+		g.Go(func() error { return r.mind(gctx, over, s, r.names[i]) })
+	}
 	g.Go(func() error { // the user's wishes, and the hub's life
 		var late <-chan time.Time
 		interrupted, killed := r.opt.Interrupted, r.opt.Killed
@@ -125,6 +128,36 @@ func (r *run) follow(ctx context.Context, c *api.Client, id job.ID, hp *proc.Pro
 		return lost
 	}
 	return err
+}
+
+// mindPatience is how long a job may wait for a site whose agent has ended. Once the job has begun, the hub looks after that.
+const mindPatience = 15 * time.Second
+
+// mind ends the run if a site's agent ends while the job still waits for it: nobody starts it again.
+func (r *run) mind(ctx context.Context, over <-chan struct{}, p *proc.Process, site string) error {
+	select {
+	case <-p.Done():
+	case <-over:
+		return nil
+	case <-ctx.Done():
+		return nil
+	}
+	select {
+	case <-time.After(mindPatience):
+	case <-over:
+		return nil
+	case <-ctx.Done():
+		return nil
+	}
+	r.mu.Lock()
+	state := r.summary.State
+	r.mu.Unlock()
+	if state != job.Submitted && state != job.Queued {
+		return nil
+	}
+	e := problem.New(problem.SiteLost, "look into logs/"+site+".log below "+r.out+", and run it again", "the agent of %s ended by itself (%s)", site, p.Exit())
+	e.Party = site
+	return e
 }
 
 // abortPatience is how long the hub may take to answer a request to abort: the user may have a second one.

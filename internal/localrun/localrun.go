@@ -98,6 +98,7 @@ type run struct {
 	summary Summary
 	events  *os.File
 	logErr  error
+	settled bool // the summary's end was taken from the store, after the hub's end
 }
 
 // Run does it all. The summary is complete whatever the error; the error is the job's cause, or what kept it from starting.
@@ -105,13 +106,20 @@ func Run(ctx context.Context, opt Options) (Summary, error) {
 	r := &run{opt: opt, began: time.Now(), cache: pyenv.DefaultCache()}
 	r.summary = Summary{App: filepath.Base(opt.App), State: job.Failed, Engine: Engine}
 	err := r.run(ctx)
-	if err != nil {
+	switch {
+	case r.settled && r.summary.Cause == nil:
+		err = nil // the job was over before its hub was
+	case r.settled:
+		err = r.summary.Cause
+	case err != nil:
 		p := problem.From(err)
 		if r.summary.Cause == nil {
 			r.summary.Cause = p
 		}
 		if p.Code == problem.AbortedByUser {
 			r.summary.State = job.Aborted
+		} else if !r.summary.State.Terminal() {
+			r.summary.State = job.Failed // the store could not be told
 		}
 		err = r.summary.Cause
 	}

@@ -76,7 +76,7 @@ func (r *run) service(ctx, early context.Context, packed *bundle.Bundle, submitt
 	r.mu.Lock()
 	r.summary.Job = id
 	r.mu.Unlock()
-	return r.follow(ctx, client, id, hp)
+	return r.follow(ctx, client, id, hp, sites)
 }
 
 func (r *run) keypair(auth *pki.Authority, dir, name string, id pki.Identity, hosts ...string) error {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/pergolafl/pergola/internal/hub"
@@ -23,11 +24,6 @@ func (r *run) tidy(cause error) error {
 		return err
 	}
 	hubDir := filepath.Join(r.state, "hub")
-	if cause != nil && r.summary.Job != "" {
-		if err := r.settle(filepath.Join(hubDir, hub.DatabaseFile), problem.From(cause)); err != nil && problem.CodeOf(cause) != problem.DiskFull {
-			return err
-		}
-	}
 	var errs []error
 	if r.summary.Job != "" {
 		jobDir := filepath.Join(hubDir, "jobs", string(r.summary.Job))
@@ -41,6 +37,15 @@ func (r *run) tidy(cause error) error {
 		errs = append(errs, rename(runner.OutputFile(filepath.Join(dir, "jobs", string(r.summary.Job), "party")), to),
 			rename(filepath.Join(dir, site.RunnerLogs, string(r.summary.Job)+".log"), to))
 	}
+	// Last, so that a full disk has the room of what is gone by then.
+	for _, n := range append(slices.Clone(r.names), filepath.Join("hub", "bundles"), filepath.Join("hub", "jobs"), filepath.Join("hub", "reserve")) {
+		errs = append(errs, os.RemoveAll(filepath.Join(r.state, n)))
+	}
+	if cause != nil && r.summary.Job != "" {
+		if err := r.settle(filepath.Join(hubDir, hub.DatabaseFile), problem.From(cause)); err != nil && problem.CodeOf(cause) != problem.DiskFull {
+			errs = append(errs, err)
+		}
+	}
 	for _, f := range []string{"", "-wal", "-shm"} {
 		errs = append(errs, rename(filepath.Join(hubDir, hub.DatabaseFile+f), filepath.Join(r.out, hub.DatabaseFile+f)))
 	}
@@ -51,8 +56,9 @@ func (r *run) tidy(cause error) error {
 	return nil
 }
 
-// settle writes the end of a job whose hub is gone into its store.
-func (r *run) settle(path string, cause *problem.Error) error {
+// settle writes the end of a job whose hub is gone into its store. What the store has already counts: the summary takes it
+// from there.
+func (r *run) settle(path string, cause *problem.Error) (err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	db, err := sqlite.Open(ctx, path)
@@ -64,6 +70,16 @@ func (r *run) settle(path string, cause *problem.Error) error {
 	if err != nil {
 		return err
 	}
+	defer func() {
+		if err != nil {
+			return
+		}
+		if j, err = db.Job(ctx, r.summary.Job); err == nil {
+			r.mu.Lock()
+			r.summary.State, r.summary.Cause, r.settled = j.State, j.Cause, true
+			r.mu.Unlock()
+		}
+	}()
 	now := time.Now()
 	if j.State.Active() {
 		if err := db.Move(ctx, j.ID, job.Stopping, cause, "", now); err != nil {
@@ -85,13 +101,10 @@ func (r *run) settle(path string, cause *problem.Error) error {
 			}
 		}
 	}
-	if err := db.Move(ctx, j.ID, j.State.Outcome(cause), cause, "", now); err != nil {
-		return err
+	if j.Cause != nil {
+		cause = j.Cause
 	}
-	r.mu.Lock()
-	r.summary.State = j.State.Outcome(cause)
-	r.mu.Unlock()
-	return nil
+	return db.Move(ctx, j.ID, j.State.Outcome(cause), cause, "", now)
 }
 
 // moveInto renames the entries of a folder into another one.

@@ -314,7 +314,7 @@ func (r *runner) site(ctx context.Context) error {
 		defer stopRelay()
 		c, err := flower.StartClient(gctx, flower.ClientConfig{
 			Install: p.inst, AppDir: p.dir, RunDir: p.dir, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Superlink: ln.Addr().String(),
-			NodeConfig: r.spec.Spec.NodeConfigFor(r.spec.Party, r.spec.Index, r.spec.Count), Env: p.env, Party: r.spec.Party,
+			NodeConfig: r.spec.Spec.NodeConfigFor(r.spec.Party, r.spec.Index, r.spec.Count), RunConfig: r.spec.Spec.RunConfig, Env: p.env, Party: r.spec.Party,
 			OnEvent: r.event, OnLogError: r.diskError,
 		})
 		if err != nil {
