@@ -93,7 +93,7 @@ var endings = []ending{
 	},
 	{
 		name: "a dependency does not exist",
-		app:  "missing-dep", code: problem.EnvBuildFailed, says: []string{"pergola-no-such-package-xyz"}, next: "dependencies",
+		app:  "missing-dep", code: problem.DependencyMissing, says: []string{"pergola-no-such-package-xyz"}, next: "dependencies",
 	},
 	{
 		name: "the version of flwr does not exist",
@@ -234,7 +234,7 @@ var endings = []ending{
 	{
 		name: "APPDIR is a file",
 		app:  "tiny", prep: appAt(func(path string) error { return os.WriteFile(path, []byte("x"), 0o600) }),
-		code: problem.AppInvalid, says: []string{"not a directory"},
+		code: problem.AppInvalid, says: []string{"is a file"},
 	},
 	{
 		name: "APPDIR does not exist",
@@ -268,14 +268,14 @@ var endings = []ending{
 	},
 	{
 		name: "APPDIR cannot be read",
-		app:  "tiny", prep: unreadable, code: problem.AppInvalid, says: []string{"permission denied"},
+		app:  "tiny", prep: unreadable, code: problem.AppInvalid, says: []string{"cannot be read"},
 	},
 	{
 		name: "a key of [tool.pergola] is unknown",
 		app:  "tiny", prep: copied(func(dir string) error {
 			return appendTo(filepath.Join(dir, "pyproject.toml"), "\n[tool.pergola]\ndedline = \"6h\"\n")
 		}),
-		code: problem.Usage, says: []string{"dedline", "deadline", "line 29"},
+		code: problem.Usage, says: []string{"dedline", "deadline", "pyproject.toml:27"},
 	},
 	{
 		name: "a key of --run-config is unknown",
