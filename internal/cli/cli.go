@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -33,7 +34,10 @@ type env struct {
 func Main() int {
 	e := env{os.Stdout, os.Stderr}
 	root := newRoot(e)
-	if err := root.ExecuteContext(context.Background()); err != nil {
+	if cmd, err := root.ExecuteContextC(context.Background()); err != nil {
+		if _, said := errors.AsType[silent](err); !said && cmd.Name() == "run" && slices.Contains(os.Args, "--json") {
+			err = failJSON(e, "", err) // the flags themselves are wrong: f.json may not have been read
+		}
 		if s, ok := errors.AsType[silent](err); ok {
 			return problem.Exit(s.error)
 		}
@@ -78,13 +82,7 @@ func newRoot(e env) *cobra.Command {
 			if len(args) == 0 {
 				return cmd.Help()
 			}
-			var names []string
-			for _, c := range cmd.Commands() {
-				if !c.Hidden {
-					names = append(names, c.Name())
-				}
-			}
-			return problem.New(problem.Usage, "see the commands with: pergola --help", "no command is called %q%s", args[0], problem.DidYouMean(args[0], names))
+			return unknownCommand(cmd, args[0])
 		},
 	}
 	root.SetOut(e.stdout)
@@ -92,7 +90,60 @@ func newRoot(e env) *cobra.Command {
 	root.SetVersionTemplate("pergola {{.Version}}\n")
 	root.SetFlagErrorFunc(flagError)
 	root.AddCommand(newRun(e), newHub(e), newSite(e), newRunner(e), newVersion(e))
+	root.SetHelpCommand(newHelp())
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		if c.Name() == "completion" { // cobra's own shows its help, and succeeds, whatever shell is named
+			c.Args = cobra.ArbitraryArgs
+			c.RunE = func(cmd *cobra.Command, args []string) error {
+				if len(args) == 0 {
+					return cmd.Help()
+				}
+				return unknownCommand(cmd, args[0])
+			}
+		}
+	}
 	return root
+}
+
+// unknownCommand names the nearest of cmd's commands.
+func unknownCommand(cmd *cobra.Command, name string) error {
+	names := commandNames(cmd)
+	return problem.New(problem.Usage, "see the commands with: "+cmd.CommandPath()+" --help", "no command is called %q%s", strings.TrimSpace(strings.TrimPrefix(cmd.CommandPath()+" "+name, "pergola")), problem.DidYouMean(name, names))
+}
+
+func commandNames(cmd *cobra.Command) []string {
+	var names []string
+	for _, c := range cmd.Commands() {
+		if !c.Hidden {
+			names = append(names, c.Name())
+		}
+	}
+	return names
+}
+
+func newHelp() *cobra.Command {
+	return &cobra.Command{
+		Use: "help [COMMAND]", Short: "Show the help of a command", Example: "  pergola help run",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, rest, err := cmd.Root().Find(args)
+			if err != nil {
+				return err
+			}
+			if len(rest) > 0 {
+				return unknownCommand(c, rest[0])
+			}
+			c.InitDefaultHelpFlag() // as --help shows it
+			return c.Help()
+		},
+		ValidArgsFunction: func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+			c, _, err := cmd.Root().Find(args)
+			if err != nil {
+				return nil, cobra.ShellCompDirectiveNoFileComp
+			}
+			return commandNames(c), cobra.ShellCompDirectiveNoFileComp
+		},
+	}
 }
 
 // flagError names the nearest flag to one that does not exist.
@@ -114,6 +165,19 @@ func flagError(cmd *cobra.Command, err error) error {
 			dash = "-"
 		}
 		return problem.New(problem.Usage, next, "unknown flag %s%s%s", dash, ne.GetSpecifiedName(), hint)
+	}
+	if ve, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
+		kind := "a " + ve.GetFlag().Value.Type()
+		switch ve.GetFlag().Value.Type() {
+		case "int":
+			kind = "a whole number"
+		case "bool":
+			kind = "true or false"
+		}
+		return problem.New(problem.Usage, next, "--%s %q is not %s", ve.GetFlag().Name, ve.GetValue(), kind)
+	}
+	if ve, ok := errors.AsType[*pflag.ValueRequiredError](err); ok {
+		return problem.New(problem.Usage, next, "--%s needs a value", ve.GetSpecifiedName())
 	}
 	return problem.New(problem.Usage, next, "%s", strings.TrimPrefix(err.Error(), "pflag: "))
 }

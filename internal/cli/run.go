@@ -3,10 +3,13 @@ package cli
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"maps"
+	"net"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -74,7 +77,7 @@ Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 
 	fl.BoolVar(&f.json, "json", false, "one JSON object per event on stdout, the last one the summary")
 	fl.BoolVarP(&f.quiet, "quiet", "q", false, "show no log lines of the programs")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show Pergola's own log lines, too")
-	must(c.RegisterFlagCompletionFunc("engine", cobra.FixedCompletions([]string{"auto", "flower"}, cobra.ShellCompDirectiveNoFileComp)))
+	must(c.RegisterFlagCompletionFunc("engine", cobra.FixedCompletions(engines, cobra.ShellCompDirectiveNoFileComp)))
 	must(c.MarkFlagDirname("out"))
 	return c
 }
@@ -84,6 +87,43 @@ func must(err error) {
 	if err != nil {
 		panic(err)
 	}
+}
+
+// engines are the values of --engine.
+var engines = []string{"auto", localrun.Engine}
+
+// checkListen refuses what cannot be listened on, before the hub has to.
+func checkListen(addr string) error {
+	if addr == "" {
+		return nil
+	}
+	_, port, err := net.SplitHostPort(addr)
+	if err == nil {
+		_, err = strconv.ParseUint(port, 10, 16)
+	}
+	if err != nil {
+		return problem.New(problem.Usage, "write it like 0.0.0.0:8443, or 127.0.0.1:0 for any free port", "--listen %q is not HOST:PORT", addr)
+	}
+	return nil
+}
+
+// checkOut refuses a directory that has something in it, before time is spent on the run.
+func checkOut(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	const next = "choose a new or an empty one with --out"
+	switch es, err := os.ReadDir(dir); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil // it will be made
+	case errors.Is(err, syscall.ENOTDIR):
+		return problem.New(problem.Usage, next, "--out %s is not a directory", dir)
+	case err != nil:
+		return problem.Wrap(err, problem.Usage, next, "--out %s cannot be used", dir)
+	case len(es) > 0:
+		return problem.New(problem.Usage, next, "%s is not empty", dir)
+	}
+	return nil
 }
 
 // options checks the flags.
@@ -98,8 +138,17 @@ func (f *runFlags) options(app string) (localrun.Options, error) {
 	if f.minSites < 0 || f.minSites > f.sites {
 		return o, problem.New(problem.Usage, "choose 1 to the number of --sites", "--min-sites %d does not fit %d sites", f.minSites, f.sites)
 	}
-	if f.engine != "" && !slices.Contains(job.Engines, f.engine) {
-		return o, problem.New(problem.Usage, "use auto or flower", "--engine %q is unknown%s", f.engine, problem.DidYouMean(f.engine, job.Engines))
+	if f.engine == "native" {
+		return o, problem.New(problem.Usage, "use auto or flower", "this version has no native engine")
+	}
+	if f.engine != "" && !slices.Contains(engines, f.engine) {
+		return o, problem.New(problem.Usage, "use auto or flower", "--engine %q is unknown%s", f.engine, problem.DidYouMean(f.engine, engines))
+	}
+	if err := checkListen(f.listen); err != nil {
+		return o, err
+	}
+	if err := checkOut(f.out); err != nil {
+		return o, err
 	}
 	if f.quiet && f.verbose {
 		return o, problem.New(problem.Usage, "choose one", "--quiet and --verbose contradict each other")
@@ -195,8 +244,13 @@ func (f *runFlags) fail(e env, app string, err error) error {
 	if !f.json {
 		return err
 	}
+	return failJSON(e, filepath.Base(app), err)
+}
+
+// failJSON is the only line of a run that was not tried.
+func failJSON(e env, app string, err error) error {
 	m := &machine{w: json.NewEncoder(e.stdout)}
-	return errOf(m.summary(localrun.Summary{App: filepath.Base(app), State: job.Failed, Cause: problem.From(err), Engine: localrun.Engine}), err)
+	return errOf(m.summary(localrun.Summary{App: app, State: job.Failed, Cause: problem.From(err), Engine: localrun.Engine}), err)
 }
 
 func errOf(printing, err error) error {
@@ -253,6 +307,9 @@ func (m *machine) end() {}
 func (m *machine) summary(s localrun.Summary) error {
 	if m.err != nil {
 		return m.err
+	}
+	if s.Sites == nil {
+		s.Sites = []string{} // a list for whoever reads it, even if it is empty
 	}
 	return m.w.Encode(line{time.Now(), localrun.KindSummary, "", s.Job, s})
 }
