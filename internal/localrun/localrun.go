@@ -124,6 +124,14 @@ func Run(ctx context.Context, opt Options) (Summary, error) {
 		err = r.summary.Cause
 	}
 	r.summary.Seconds = time.Since(r.began).Seconds()
+	if c := r.summary.Cause; c != nil && r.out != "" {
+		located := *c
+		located.Log = locate(r.out, *c)
+		r.summary.Cause = &located
+		if err != nil {
+			err = &located
+		}
+	}
 	if r.out != "" {
 		if e := r.writeSummary(); e != nil && err == nil {
 			err = problem.Wrap(e, problem.Internal, "", "the summary could not be written to %s", r.out)

@@ -145,3 +145,26 @@ func TestMoveInto(t *testing.T) {
 		t.Errorf("the empty folder moved: %v", err)
 	}
 }
+
+func TestLocate(t *testing.T) {
+	out := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(out, "logs", "hub"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []string{"hub/server_app_log.txt", "hub-runner.log"} {
+		if err := os.WriteFile(filepath.Join(out, "logs", f), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct{ party, log, want string }{
+		{"hub", "server_app_log.txt", filepath.Join(out, "logs/hub/server_app_log.txt")},
+		{"hub", "runner.log", filepath.Join(out, "logs/hub-runner.log")},
+		{"site-1", "client_app_log.txt", "client_app_log.txt"},
+		{"", "x.txt", "x.txt"},
+		{"hub", "", ""},
+	} {
+		if got := locate(out, job.Cause{Party: c.party, Log: c.log}); got != c.want {
+			t.Errorf("locate(%q, %q) = %q, want %q", c.party, c.log, got, c.want)
+		}
+	}
+}

@@ -140,3 +140,16 @@ func rename(from, to string) error {
 	}
 	return nil
 }
+
+// locate gives the path of the log that a cause names, where the run keeps it; or what the cause says.
+func locate(out string, c job.Cause) string {
+	if c.Log == "" || c.Party == "" {
+		return c.Log
+	}
+	for _, p := range []string{filepath.Join(out, "logs", c.Party, c.Log), filepath.Join(out, "logs", c.Party+"-"+c.Log)} {
+		if _, err := os.Stat(p); err == nil {
+			return p
+		}
+	}
+	return c.Log
+}
