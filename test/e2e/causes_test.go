@@ -491,3 +491,93 @@ func TestKilledCommandLeavesNothing(t *testing.T) {
 		})
 	}
 }
+
+// Parties that are ended while one of them builds the environment.
+func TestEndedWhileBuilding(t *testing.T) {
+	uv, err := exec.Command("uv", "cache", "dir").Output()
+	if err != nil {
+		uv = nil // pip has its own folder, too
+	}
+	for _, c := range []struct {
+		name string
+		act  func(r *run, builder string)
+		want func(builder string) ending
+	}{
+		{"Ctrl-C", func(r *run, _ string) { r.interrupt() }, func(string) ending {
+			return ending{state: job.Aborted, code: problem.AbortedByUser}
+		}},
+		{"the builder's runner is killed", func(r *run, builder string) { r.kill(r.service("runner", builder)) }, func(builder string) ending {
+			if builder == job.HubParty {
+				return ending{code: problem.HubRunnerDied, party: builder}
+			}
+			return ending{code: problem.SiteRunnerDied, party: builder}
+		}},
+		{"the command is killed", func(r *run, _ string) { r.kill(r.cmd.Process.Pid) }, nil},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			s := spec{app: "tiny", args: []string{"--flwr", oldFlwr}, env: []string{"XDG_CACHE_HOME=" + t.TempDir()}}
+			if uv != nil {
+				s.env = append(s.env, "UV_CACHE_DIR="+strings.TrimSpace(string(uv)))
+			}
+			r := start(t, s)
+			builder := r.wait("the installing of packages", func(e event) bool {
+				return e.Kind == job.KindEnvProgress && e.Party != "" && slices.Contains([]string{"installing", "compiling"}, as[job.EnvProgress](t, e).Phase)
+			}).Party
+			c.act(r, builder)
+			res := r.end()
+			if c.want != nil {
+				c.want(builder).check(t, res)
+			} else if res.Code != -9 {
+				t.Errorf("exit %d, want a kill", res.Code)
+			}
+		})
+	}
+}
+
+// A command line that cannot be meant is refused with what was probably meant, before anything is made or started.
+func TestRefused(t *testing.T) {
+	tiny := filepath.Join(apps, "tiny")
+	for _, c := range []struct {
+		name string
+		args []string
+		says []string
+	}{
+		{"an unknown flag", []string{"run", tiny, "--stes", "3"}, []string{"--stes", "did you mean --sites?"}},
+		{"an unknown command", []string{"rnu", tiny}, []string{"rnu", `did you mean "run"?`}},
+		{"no app", []string{"run"}, []string{"the app's directory"}},
+		{"two apps", []string{"run", tiny, tiny}, []string{"the app's directory", "2"}},
+		{"no sites", []string{"run", tiny, "--sites", "0"}, []string{"--sites 0", "1 to 64"}},
+		{"a number that is none", []string{"run", tiny, "--sites", "two"}, []string{"--sites", "two"}},
+		{"more sites needed than there are", []string{"run", tiny, "--min-sites", "3"}, []string{"--min-sites 3"}},
+		{"an unknown engine", []string{"run", tiny, "--engine", "flwer"}, []string{"flwer", `did you mean "flower"?`}},
+		{"a run config without value", []string{"run", tiny, "--run-config", "num-server-rounds"}, []string{"num-server-rounds"}},
+		{"a run config key that the app lacks", []string{"run", tiny, "--run-config", "num-server-round=3"}, []string{`did you mean "num-server-rounds"?`}},
+		{"a bad duration", []string{"run", tiny, "--deadline", "soon"}, []string{"--deadline", "soon", "30m"}},
+		{"a negative duration", []string{"run", tiny, "--deadline", "-5s"}, []string{"--deadline", "-5s"}},
+		{"a site variable without value", []string{"run", tiny, "--site-env", "DATA"}, []string{"--site-env", "NAME=value"}},
+		{"two wishes that contradict each other", []string{"run", tiny, "--python", "python3", "--flwr", oldFlwr}, []string{"--flwr", "--python"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			cmd := exec.Command(binary, c.args...)
+			cmd.Dir = t.TempDir()
+			var out, errs strings.Builder
+			cmd.Stdout, cmd.Stderr = &out, &errs
+			if err := cmd.Run(); cmd.ProcessState.ExitCode() != problem.ExitUsage {
+				t.Errorf("exit %d (%v), want %d", cmd.ProcessState.ExitCode(), err, problem.ExitUsage)
+			}
+			if out.Len() > 0 {
+				t.Errorf("stdout: %s", out.String())
+			}
+			for _, s := range append(c.says, "next: ") {
+				if !strings.Contains(errs.String(), s) {
+					t.Errorf("without %q: %s", s, errs.String())
+				}
+			}
+			if es, err := os.ReadDir(cmd.Dir); err != nil || len(es) > 0 {
+				t.Errorf("the working folder has %v (%v), want nothing", es, err)
+			}
+		})
+	}
+}
