@@ -32,7 +32,7 @@ type runStatus struct{ status, sub, details string }
 
 // control is a client of a superlink's API for runs. The calls' field numbers are the same from 1.13 to
 // 1.41 (flwr/proto/exec.proto, control.proto, run.proto, fab.proto, transport.proto); what changed is
-// the service's name, and the transport at 1.40.
+// the service's name, and the transport, at 1.37 or so.
 type control struct {
 	base    string // "http://127.1.2.3:9093"
 	service string // "flwr.proto.Exec" or "flwr.proto.Control"; "" is HTTP
@@ -54,7 +54,7 @@ func newControl(addr string, gen Generation) *control {
 	}
 	c := &control{base: "http://" + addr, client: &http.Client{Transport: t, Timeout: callTimeout}, stream: &http.Client{Transport: t}}
 	switch {
-	case gen >= GenHTTP:
+	case gen >= GenMixed:
 		t.Protocols.SetHTTP1(true)
 	case gen >= GenControl:
 		c.service = "flwr.proto.Control"

@@ -12,10 +12,11 @@
 //
 //	generation  flwr          run is started by                      its state is asked by
 //	driver      up to 1.12    flower-server-app DIR                  that program's exit code
-//	exec        1.13 – 1.21   StartRun of the Exec API (gRPC)        ListRuns
-//	control     1.22 – 1.34   StartRun of the Control API (gRPC)     ListRuns
-//	runtime     1.35 – 1.39   the same; the Runtime API is HTTP      ListRuns
-//	http        1.40 and on   POST /v1/control/start-run             POST /v1/control/list-runs
+//	exec        1.13 – 1.20   StartRun of the Exec API (gRPC)        ListRuns
+//	control     1.21 – 1.34   StartRun of the Control API (gRPC)     ListRuns
+//	runtime     1.35, 1.36    the same; the Runtime API is HTTP      ListRuns
+//	mixed       1.37 – 1.39   POST /v1/control/start-run             POST /v1/control/list-runs
+//	http        1.40 and on   the same; the Fleet API is HTTP too    the same
 //
 // A run is started as `flwr run` does it, with a FAB (Flower app bundle) made by the same rules, but
 // without that Python process: it would cost one to three seconds, and the command does not even start

@@ -29,11 +29,12 @@ const (
 	GenDriver  Generation = iota + 1 // --driver-api-address, flower-server-app
 	GenExec                          // --serverappio-api-address, --exec-api-address
 	GenControl                       // --control-api-address
-	GenRuntime                       // --host --port for the Runtime API, gRPC for Fleet and Control
+	GenRuntime                       // --host --port for the Runtime API over HTTP, gRPC for Fleet and Control
+	GenMixed                         // --host --port for Runtime and Control over HTTP, gRPC for Fleet
 	GenHTTP                          // one HTTP port for Fleet, Control and Runtime
 )
 
-var generationNames = []string{"unknown", "driver", "exec", "control", "runtime", "http"}
+var generationNames = []string{"unknown", "driver", "exec", "control", "runtime", "mixed", "http"}
 
 // String gives the name used in doc.go.
 func (g Generation) String() string {
@@ -296,9 +297,14 @@ func capsOf(superlink, supernode, serverApp map[string]option) (Caps, error) {
 			return c, problem.New(problem.ProgramFailed, installHint, "flower-server-app is not installed, but this Flower needs it")
 		}
 	case has(superlink, "--host") && has(superlink, "--port"):
-		c.Generation = GenHTTP
-		if has(superlink, "--control-api-address") && !deprecated(superlink, "--control-api-address") {
+		own := func(flag string) bool { return has(superlink, flag) && !deprecated(superlink, flag) }
+		switch {
+		case own("--control-api-address"):
 			c.Generation = GenRuntime
+		case own("--fleet-api-address"):
+			c.Generation = GenMixed
+		default:
+			c.Generation = GenHTTP
 		}
 	case has(superlink, "--control-api-address"):
 		c.Generation = GenControl
@@ -323,7 +329,7 @@ func args(m map[string]option) map[string]string {
 }
 
 // cacheFormat changes when what is cached does.
-const cacheFormat = "pergola-probe-1\n"
+const cacheFormat = "pergola-probe-2\n"
 
 type cacheEntry struct {
 	Key          string        `json:"key"`

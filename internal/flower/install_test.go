@@ -30,6 +30,7 @@ func TestCapsFromRealHelp(t *testing.T) {
 		"1.12.0": {GenDriver, true, "--supernode-address"},
 		"1.15.2": {GenExec, true, "--clientappio-api-address"},
 		"1.30.0": {GenControl, true, "--clientappio-api-address"},
+		"1.37.0": {GenMixed, true, "--host"},
 		"1.41.0": {GenHTTP, false, "--host"},
 	} {
 		c, err := capsOf(readHelp(t, version, "flower-superlink"), readHelp(t, version, "flower-supernode"), readHelp(t, version, "flower-server-app"))
@@ -64,6 +65,7 @@ func TestCapsOfOtherFlags(t *testing.T) {
 		want      Generation
 	}{
 		{"1.35: Control on its own port", o("--host", "--port", "--control-api-address", "--fleet-api-address"), GenRuntime},
+		{"1.38 without the deprecated flag", o("--host", "--port", "--fleet-api-address"), GenMixed},
 		{"the old flags are gone altogether", o("--host", "--port"), GenHTTP},
 		{"none that is known", o("--listen"), 0},
 		{"driver without its server app", o("--driver-api-address"), 0},

@@ -170,6 +170,10 @@ func (s *Server) startLink(ctx context.Context, ports []int) error {
 	case GenRuntime:
 		args = append(args, "--host", s.cfg.IP, "--port", strconv.Itoa(ports[0]), "--fleet-api-address", s.fleet, "--control-api-address", s.api)
 		checks = append(checks, grpc(s.api), grpc(s.fleet), http(s.rest))
+	case GenMixed:
+		s.api = s.rest
+		args = append(args, "--host", s.cfg.IP, "--port", strconv.Itoa(ports[0]), "--fleet-api-address", s.fleet)
+		checks = append(checks, http(s.rest), grpc(s.fleet))
 	default:
 		s.fleet, s.api = s.rest, s.rest
 		args = append(args, "--host", s.cfg.IP, "--port", strconv.Itoa(ports[0]))
