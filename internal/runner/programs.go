@@ -112,9 +112,11 @@ func (r *runner) environment(ctx context.Context, app *flower.App, c *bundle.Con
 		return pyenv.Env{}, err
 	}
 	lock := pyenv.Lock{Text: string(c.Lock), Flwr: r.spec.Spec.FlwrVersion, Python: r.spec.Spec.PythonVersion}
+	log, closeLog := r.environmentLog()
+	defer closeLog()
 	var last job.EnvProgress
 	var at time.Time
-	return pyenv.Ensure(ctx, r.spec.Cache, in, lock, pyenv.Options{}, func(p pyenv.Progress) {
+	return pyenv.Ensure(ctx, r.spec.Cache, in, lock, pyenv.Options{Log: log}, func(p pyenv.Progress) {
 		e := job.EnvProgress{Phase: p.Phase, Done: p.Done, Total: p.Total, Message: p.Message}
 		// A new phase at once, steps within one a few times a second.
 		if e.Phase != last.Phase || time.Since(at) > 300*time.Millisecond {
@@ -122,6 +124,44 @@ func (r *runner) environment(ctx context.Context, app *flower.App, c *bundle.Con
 			r.note(job.KindEnvProgress, e)
 		}
 	})
+}
+
+// environmentLog gives a function that appends what installers say to environment_log.txt. The file is made with the first
+// line: an environment that is there already has nothing to say.
+func (r *runner) environmentLog() (write func(string), end func()) {
+	var mu sync.Mutex // guards f; an installer's two streams have a goroutine each
+	var f *os.File
+	var failed bool
+	write = func(line string) {
+		mu.Lock()
+		defer mu.Unlock()
+		if failed {
+			return
+		}
+		var err error
+		if f == nil {
+			if err = os.MkdirAll(r.spec.Logs, 0o700); err == nil {
+				f, err = os.OpenFile(filepath.Join(r.spec.Logs, "environment_log.txt"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+			}
+		}
+		if err == nil {
+			_, err = f.WriteString(line + "\n")
+		}
+		if err != nil {
+			failed = true
+			r.diskError(err)
+		}
+	}
+	end = func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if f != nil {
+			if err := f.Close(); err != nil && !failed {
+				r.diskError(err)
+			}
+		}
+	}
+	return write, end
 }
 
 // claimAddress takes a loopback address for this party alone: whoever holds the claim port of an address owns all other
