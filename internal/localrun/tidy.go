@@ -25,6 +25,12 @@ func (r *run) tidy(cause error) error {
 	}
 	hubDir := filepath.Join(r.state, "hub")
 	var errs []error
+	// Runners that were not left the time have not removed their temporary files.
+	for _, n := range append([]string{"hub"}, r.names...) {
+		if tmp := runner.TempDir(filepath.Join(r.state, n, "jobs", string(r.summary.Job), "party")); r.summary.Job != "" && tmp != "" {
+			errs = append(errs, os.RemoveAll(tmp))
+		}
+	}
 	if r.summary.Job != "" {
 		jobDir := filepath.Join(hubDir, "jobs", string(r.summary.Job))
 		errs = append(errs, moveInto(filepath.Join(jobDir, "logs"), filepath.Join(r.out, "logs")),

@@ -26,6 +26,7 @@ var ErrDied = errors.New("the runner ended without saying how")
 // Handle is a starter's end of a runner: of one that it started, or of one that it found.
 type Handle struct {
 	dir    string
+	tmp    string // the party's TMPDIR
 	id     identity
 	client *api.Client
 	once   sync.Once
@@ -35,7 +36,18 @@ type Handle struct {
 
 // Start writes spec into dir and starts a runner for it: the program's own executable with "runner". The runner is a
 // session of its own, so that it gets no signal of the starter's terminal and outlives the starter.
-func Start(dir string, spec Spec) (*Handle, error) {
+func Start(dir string, spec Spec) (h *Handle, err error) {
+	if spec.Tmp == "" {
+		// Not below dir: the paths of the sockets that Python makes there may have 107 bytes.
+		if spec.Tmp, err = os.MkdirTemp("", "pergola-"); err != nil {
+			return nil, err
+		}
+	}
+	defer func() {
+		if err != nil {
+			_ = os.RemoveAll(spec.Tmp) // empty; what failed before counts
+		}
+	}()
 	if err := writeFile(filepath.Join(dir, specFile), spec); err != nil {
 		return nil, err
 	}
@@ -51,12 +63,13 @@ func Start(dir string, spec Spec) (*Handle, error) {
 	// Not CommandContext: the runner outlives whoever starts it, and is ended by SetDesired or Kill.
 	cmd := exec.Command(self, "runner", "--dir", dir) //nolint:noctx // see above
 	cmd.Stdout, cmd.Stderr = out, out
+	cmd.Env = append(os.Environ(), "TMPDIR="+spec.Tmp)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
 	gone := make(chan struct{})
-	h := &Handle{dir: dir, gone: gone, client: api.NewRunnerClient(filepath.Join(dir, controlSock))}
+	h = &Handle{dir: dir, tmp: spec.Tmp, gone: gone, client: api.NewRunnerClient(filepath.Join(dir, controlSock))}
 	h.id.Pid = cmd.Process.Pid
 	// An error means that it is gone already, which the goroutine below finds out too.
 	h.id.Start, _ = proc.StartTime(h.id.Pid)
@@ -80,6 +93,11 @@ func Attach(dir string) (*Handle, error) {
 	if err := json.Unmarshal(b, &h.id); err != nil {
 		return nil, fmt.Errorf("%s: %w", filepath.Join(dir, runnerFile), err)
 	}
+	spec, err := readSpec(dir)
+	if err != nil {
+		return nil, err
+	}
+	h.tmp = spec.Tmp
 	h.gone = untilGone(h.id.Pid, h.id.Start)
 	return h, nil
 }
@@ -177,9 +195,12 @@ func (h *Handle) SetDesired(ctx context.Context, d pb.Desired, sites int) error 
 // Release lets go of the runner without ending it.
 func (h *Handle) Release() { h.once.Do(h.client.Close) }
 
-// Clean ends whatever is left of the party's programs after its runner is gone.
+// Clean ends whatever is left of the party's programs after its runner is gone, and removes their temporary files.
 func (h *Handle) Clean(mark string) error {
 	_, err := proc.KillMarked(mark)
+	if h.tmp != "" {
+		err = errors.Join(err, os.RemoveAll(h.tmp))
+	}
 	return err
 }
 

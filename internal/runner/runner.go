@@ -87,6 +87,9 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	if spec.Tmp != "" {
+		defer func() { _ = os.RemoveAll(spec.Tmp) }() // the starter does it, too, if it is there
+	}
 	r := &runner{dir: dir, spec: spec, log: log, journal: j, desired: newCell()}
 	ln, err := sock.Listen(filepath.Join(dir, controlSock))
 	if err != nil {

@@ -30,6 +30,15 @@ func LinkSocket(dir string) string { return filepath.Join(dir, linkSock) }
 // OutputFile is where a runner's own log is in its party's directory.
 func OutputFile(dir string) string { return filepath.Join(dir, outputFile) }
 
+// TempDir gives the TMPDIR of the party in dir; "" if nothing was started there.
+func TempDir(dir string) string {
+	s, err := readSpec(dir)
+	if err != nil {
+		return ""
+	}
+	return s.Tmp
+}
+
 // Spec is what a starter hands to a runner. Paths are absolute.
 type Spec struct {
 	Job   job.ID   `json:"job"`
@@ -47,6 +56,7 @@ type Spec struct {
 	Existing bool   `json:"existing,omitempty"` // use Python as it is and build nothing
 	Hub      string `json:"hub,omitempty"`      // site's party: host:port to dial
 
+	Tmp  string `json:"tmp"`  // TMPDIR of the runner and its programs, removed with them; made by Start if empty
 	Mark string `json:"mark"` // in the environment of every program, so that none is overlooked
 }
 
