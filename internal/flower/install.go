@@ -233,7 +233,7 @@ func help(ctx context.Context, bin, name string) (map[string]option, error) {
 		return nil, err
 	}
 	opts := parseHelp(out.Stdout)
-	if len(opts) == 0 && name == "flower-server-app" {
+	if len(opts) == 0 && name == "flower-server-app" && out.Exit.Signal == 0 {
 		return nil, nil // "has been replaced by `flwr run`"
 	}
 	if !out.Exit.OK() || len(opts) == 0 {
