@@ -187,15 +187,21 @@ func (s jobService) AbortJob(ctx context.Context, req *pb.AbortJobRequest) (*pb.
 
 // stop begins a job's end for cause (nil: it is finished); a job that is ending or over stays as it is.
 func (h *Hub) stop(ctx context.Context, j job.Job, cause *job.Cause) error {
-	switch {
-	case j.State.Terminal() || j.State == job.Stopping:
-		return nil
-	case j.State.Active():
-		err := h.db.Move(ctx, j.ID, job.Stopping, cause, "", time.Now())
-		return ignoreMoved(err)
-	default: // nothing runs yet
-		return ignoreMoved(h.db.Move(ctx, j.ID, j.State.Outcome(cause), cause, "", time.Now()))
+	for !j.State.Terminal() && j.State != job.Stopping {
+		to := job.Stopping
+		if !j.State.Active() { // nothing runs yet
+			to = j.State.Outcome(cause)
+		}
+		err := h.db.Move(ctx, j.ID, to, cause, "", time.Now())
+		if _, ok := errors.AsType[*store.MoveError](err); !ok {
+			return err
+		}
+		// Somebody was quicker, for example to start it: look again, or the end would be forgotten.
+		if j, err = h.db.Job(ctx, j.ID); err != nil {
+			return err
+		}
 	}
+	return nil
 }
 
 // ignoreMoved forgives a move that somebody else was quicker to make impossible.

@@ -26,6 +26,12 @@ func NewWant() *Want { return &Want{newCell()} }
 // Set changes what is wanted; stopping is not undone. Sites counts with DESIRED_RUN.
 func (w *Want) Set(d pb.Desired, sites int) { w.cell.set(d, sites) }
 
+// Get gives what was set last.
+func (w *Want) Get() (d pb.Desired, sites int) {
+	d, sites, _ = w.cell.get()
+	return d, sites
+}
+
 // Keep follows a runner to its end: fn gets the journal's entries after seq, the runner is told what want says, and ended
 // if it does not obey. When Keep returns because the party is over (nil) or the runner died (ErrDied), neither the runner
 // nor any of its programs is left. When ctx is done first, the runner goes on.
