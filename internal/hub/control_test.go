@@ -150,7 +150,9 @@ func (r *rig) running() {
 	r.is(job.Running, "")
 }
 
-func appError() *job.Cause { return problem.New(problem.AppError, "look into the log", "the app raised") }
+func appError() *job.Cause {
+	return problem.New(problem.AppError, "look into the log", "the app raised")
+}
 
 func TestControl(t *testing.T) {
 	minute := job.Duration(time.Minute)

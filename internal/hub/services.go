@@ -296,12 +296,30 @@ func (s jobService) ListSites(ctx context.Context, _ *pb.ListSitesRequest) (*pb.
 
 type bundleService struct{ *Hub }
 
+// mayRead tells whether the caller may read a bundle: users may, and sites that have a part in a job of it.
+func (h *Hub) mayRead(ctx context.Context, digest string) error {
+	who, err := caller(ctx, pki.KindUser, pki.KindSite)
+	if err != nil {
+		return err
+	}
+	if err := checkDigest(digest); err != nil || who.Kind == pki.KindUser {
+		return err
+	}
+	js, err := h.unfinished(ctx)
+	if err != nil {
+		return err
+	}
+	for _, j := range js {
+		if j.Bundle == digest && slices.Contains(j.Spec.Sites, who.Name) {
+			return nil
+		}
+	}
+	return problem.New(problem.Denied, "", "site %s has no part in a job of bundle %s", who.Name, digest)
+}
+
 // HasBundle implements the API.
 func (s bundleService) HasBundle(ctx context.Context, req *pb.HasBundleRequest) (*pb.HasBundleResponse, error) {
-	if _, err := caller(ctx, pki.KindUser, pki.KindSite); err != nil {
-		return nil, err
-	}
-	if err := checkDigest(req.GetDigest()); err != nil {
+	if err := s.mayRead(ctx, req.GetDigest()); err != nil {
 		return nil, err
 	}
 	_, err := s.db.Bundle(ctx, req.GetDigest())
@@ -386,10 +404,7 @@ func isShortage(err error) bool {
 
 // DownloadBundle implements the API.
 func (s bundleService) DownloadBundle(ctx context.Context, req *pb.DownloadBundleRequest, out pergolav1connect.BundleServiceDownloadBundleServerStream) error {
-	if _, err := caller(ctx, pki.KindUser, pki.KindSite); err != nil {
-		return err
-	}
-	if err := checkDigest(req.GetDigest()); err != nil {
+	if err := s.mayRead(ctx, req.GetDigest()); err != nil {
 		return err
 	}
 	f, err := os.Open(s.bundlePath(req.GetDigest()))
