@@ -340,7 +340,8 @@ func (p *people) say(format string, args ...any) {
 func (p *people) event(e localrun.Event) {
 	switch e.Kind {
 	case localrun.KindLog:
-		if !p.flags.quiet {
+		// What installers say in passing is in the log, and in the message when they fail.
+		if !p.flags.quiet && (p.flags.verbose || e.Program != localrun.ProgramInstaller) {
 			p.end()
 			fmt.Fprintf(p.w, "[%s@%s] %s\n", e.Program, e.Party, e.Line)
 		}

@@ -107,7 +107,10 @@ func (r *run) line(party, program, text string) {
 }
 
 // prefixes are those of the reference system.
-var prefixes = map[string]string{"superlink_log.txt": "FLWR-SL", "server_app_log.txt": "FLWR-SA", "client_app_log.txt": "FLWR-CA", "environment_log.txt": "ENV"}
+var prefixes = map[string]string{"superlink_log.txt": "FLWR-SL", "server_app_log.txt": "FLWR-SA", "client_app_log.txt": "FLWR-CA", "environment_log.txt": ProgramInstaller}
+
+// ProgramInstaller is the program of lines that come from the building of an environment.
+const ProgramInstaller = "ENV"
 
 // maxLine is how much of one line is shown; the log has all of it.
 const maxLine = 64 << 10
