@@ -116,13 +116,8 @@ func (r *run) follow(ctx context.Context, c *api.Client, id job.ID, hp *proc.Pro
 		}
 		return err
 	}
-	// The hub's end shows first as broken calls: give it a moment to be known as what it is.
 	if lost == nil {
-		select {
-		case <-hp.Done():
-			lost = r.lost(hp)
-		case <-time.After(2 * time.Second):
-		}
+		lost = r.ended(hp)
 	}
 	if lost != nil {
 		return lost

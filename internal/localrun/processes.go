@@ -70,6 +70,11 @@ func (r *run) service(ctx, early context.Context, packed *bundle.Bundle, submitt
 	defer client.Close()
 	id, err := r.submit(early, client, packed)
 	if err != nil {
+		if problem.CodeOf(err) == problem.HubUnreachable {
+			if lost := r.ended(hp); lost != nil {
+				return lost
+			}
+		}
 		return err
 	}
 	close(submitted)
@@ -128,6 +133,17 @@ func (r *run) startHub(ctx context.Context, auth *pki.Authority, env []string) (
 	case <-ctx.Done():
 		p.Stop(0)
 		return nil, "", context.Cause(ctx)
+	}
+}
+
+// ended gives the problem of a hub that has ended, nil if it runs. Its end shows first as broken calls: it has a moment to
+// be known as what it is.
+func (r *run) ended(p *proc.Process) error {
+	select {
+	case <-p.Done():
+		return r.lost(p)
+	case <-time.After(2 * time.Second):
+		return nil
 	}
 }
 
