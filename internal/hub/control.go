@@ -448,7 +448,7 @@ func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job) e
 			return
 		}
 		cause := problem.Wrap(err, problem.HubRunnerDied, "submit the job again", "the hub's runner of the job ended unexpectedly")
-		if full := diskProblem(err); full != err {
+		if full := diskProblem(err); problem.CodeOf(full) == problem.DiskFull {
 			cause = problem.From(full)
 		}
 		cause.Party, cause.Log = job.HubParty, "runner.log"

@@ -31,7 +31,7 @@ type Handle struct {
 	client *api.Client
 	once   sync.Once
 	gone   <-chan struct{} // closed when the process is no more
-	exit   string          // how it ended, for one that this process started
+	exit   *string         // how it ended, written before gone is closed; nil for one that another process started
 }
 
 // Start writes spec into dir and starts a runner for it: the program's own executable with "runner". The runner is a
@@ -76,7 +76,7 @@ func Start(dir string, spec Spec) (h *Handle, err error) {
 	go func() {
 		defer close(gone)
 		if err := cmd.Wait(); err != nil {
-			h.exit = err.Error()
+			*exit = err.Error()
 		}
 	}()
 	return h, nil
@@ -175,8 +175,8 @@ func (h *Handle) leftovers(seq int64, fn func(Entry) error) error {
 		}
 	}
 	err = ErrDied
-	if h.exit != "" {
-		err = fmt.Errorf("%w: %s", err, h.exit)
+	if h.exit != nil && *h.exit != "" {
+		err = fmt.Errorf("%w: %s", err, *h.exit)
 	}
 	// A runner that could not even set its reserve aside has no place for a last word.
 	var st unix.Statfs_t

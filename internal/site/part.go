@@ -148,7 +148,7 @@ func (p *part) do(ctx context.Context) error {
 	}
 	<-shipped
 	if err != nil && ctx.Err() == nil {
-		if full := p.disk(err); full != err {
+		if full := p.disk(err); problem.CodeOf(full) == problem.DiskFull {
 			return full
 		}
 		return problem.Wrap(err, problem.SiteRunnerDied, "submit the job again", "the runner at %s ended unexpectedly", a.conf.Name)

@@ -198,7 +198,7 @@ func (r *run) knock(port string) {
 	id := string(r.wait("the job", func(e event) bool { return e.Job != "" }).Job)
 
 	old := pki.ClientTLS(site, roots, pki.HubName, "h2")
-	old.MinVersion, old.MaxVersion = tls.VersionTLS12, tls.VersionTLS12 //nolint:gosec // it is to be refused
+	old.MinVersion, old.MaxVersion = tls.VersionTLS12, tls.VersionTLS12
 	nameless := pki.ClientTLS(site, roots, pki.HubName, "h2")
 	nameless.Certificates, nameless.GetClientCertificate = nil, nil
 	for _, c := range []struct {
