@@ -69,7 +69,8 @@ func Start(dir string, spec Spec) (h *Handle, err error) {
 		return nil, err
 	}
 	gone := make(chan struct{})
-	h = &Handle{dir: dir, tmp: spec.Tmp, gone: gone, client: api.NewRunnerClient(filepath.Join(dir, controlSock))}
+	exit := new(string)
+	h = &Handle{dir: dir, tmp: spec.Tmp, gone: gone, exit: exit, client: api.NewRunnerClient(filepath.Join(dir, controlSock))}
 	h.id.Pid = cmd.Process.Pid
 	// An error means that it is gone already, which the goroutine below finds out too.
 	h.id.Start, _ = proc.StartTime(h.id.Pid)
