@@ -448,12 +448,12 @@ func unreadable(t *testing.T, s *spec) {
 // oldPython puts a program there that answers as Python 3.8 would.
 func oldPython(t *testing.T, s *spec) {
 	t.Helper()
-	real, err := exec.LookPath("python3")
+	python, err := exec.LookPath("python3")
 	if err != nil {
 		t.Skip("no python3 here to imitate an older one")
 	}
 	path := filepath.Join(t.TempDir(), "python3.8")
-	script := fmt.Sprintf("#!/bin/sh\n%q \"$@\" | sed -E 's/\"version\": \"[0-9.]+\"/\"version\": \"3.8.10\"/'\n", real)
+	script := fmt.Sprintf("#!/bin/sh\n%q \"$@\" | sed -E 's/\"version\": \"[0-9.]+\"/\"version\": \"3.8.10\"/'\n", python)
 	if err := os.WriteFile(path, []byte(script), 0o700); err != nil {
 		t.Fatal(err)
 	}
