@@ -84,7 +84,7 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 			return nil, err
 		}
 	}
-	ports, _, err := freePorts(cfg.IP, 1, 0)
+	ports, _, err := freePorts(ctx, cfg.IP, 1, 0)
 	if err != nil {
 		return nil, err
 	}

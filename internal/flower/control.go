@@ -123,13 +123,6 @@ func (c *control) state(ctx context.Context, run uint64) (runStatus, error) {
 	return decodeRuns(reply, run)
 }
 
-// stopRun asks the superlink to stop a run.
-func (c *control) stopRun(ctx context.Context, run uint64) error {
-	req := protowire.AppendTag(nil, 1, protowire.VarintType)
-	_, err := c.call(ctx, "StopRun", "stop-run", protowire.AppendVarint(req, run))
-	return err
-}
-
 // follow passes on what the server app prints from the given time on (seconds since 1970, the
 // superlink's clock), until the run has ended, the stream breaks or ctx ends. It gives the time to go on from.
 // A nil error means that the superlink ended the stream.
@@ -184,7 +177,7 @@ func (c *control) follow(ctx context.Context, run uint64, after float64, fn func
 
 func grpcFrame(msg []byte) []byte {
 	frame := make([]byte, 5, 5+len(msg))
-	binary.BigEndian.PutUint32(frame[1:], uint32(len(msg))) //nolint:gosec // a FAB of at most 10 MiB and its config
+	binary.BigEndian.PutUint32(frame[1:], uint32(len(msg))) // a FAB of at most 10 MiB and its config
 	return append(frame, msg...)
 }
 

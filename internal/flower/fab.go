@@ -72,10 +72,9 @@ func buildFAB(dir string, gen Generation) (content []byte, hash string, err erro
 			}
 			return nil
 		}
-		if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() {
-			return nil // a link to nowhere or to a directory
-		}
 		switch {
+		case !isFile(path): // a link to nowhere or to a directory
+			return nil
 		case rel == "pyproject.toml", ignored.match(rel), include != nil && !include.match(rel), exclude.match(rel),
 			!fabInclude.match(rel), fabExclude.match(rel), gen >= GenControl && fabExcludeTests.match(rel):
 			return nil
@@ -122,6 +121,12 @@ func buildFAB(dir string, gen Generation) (content []byte, hash string, err erro
 	}
 	sum := sha256.Sum256(out.Bytes())
 	return out.Bytes(), hex.EncodeToString(sum[:]), nil
+}
+
+// isFile tells whether path is a regular file or a link to one.
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular()
 }
 
 func patternList(v any) rules {

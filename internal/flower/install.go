@@ -219,20 +219,24 @@ func version(ctx context.Context, env Env, bin string) (string, error) {
 	return v, nil
 }
 
-func help(ctx context.Context, bin, name string) (map[string]option, error) {
+func help(ctx context.Context, bin, name string) (opts map[string]option, err error) {
 	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 	defer cancel()
 	home, err := os.MkdirTemp("", "pergola-probe-")
 	if err != nil {
 		return nil, problem.Wrap(err, problem.ProgramFailed, "make room in the temporary directory", "%s could not be probed", name)
 	}
-	defer os.RemoveAll(home)
+	defer func() {
+		if rerr := os.RemoveAll(home); err == nil && rerr != nil {
+			err = problem.Wrap(rerr, problem.ProgramFailed, "remove it by hand", "the probe's directory %s could not be removed", home)
+		}
+	}()
 	env := programEnv(os.Environ(), bin, home)
 	out, err := proc.Run(ctx, proc.Spec{Name: name, Args: []string{filepath.Join(bin, name), "--help"}, Dir: home, Env: append(env, "COLUMNS=200")})
 	if err != nil {
 		return nil, err
 	}
-	opts := parseHelp(out.Stdout)
+	opts = parseHelp(out.Stdout)
 	if len(opts) == 0 && name == "flower-server-app" && out.Exit.Signal == 0 {
 		return nil, nil // "has been replaced by `flwr run`"
 	}

@@ -48,13 +48,14 @@ const (
 )
 
 // freePorts gives n neighbouring ports that are free on ip now, from the given attempt on.
-func freePorts(ip string, n, attempt int) (ports []int, next int, err error) {
+func freePorts(ctx context.Context, ip string, n, attempt int) (ports []int, next int, err error) {
+	var config net.ListenConfig
 	for ; attempt < portAttempts; attempt++ {
 		base := firstPort + attempt*portStep
 		free := true
 		for i := range n {
 			var l net.Listener
-			if l, err = net.Listen("tcp", net.JoinHostPort(ip, strconv.Itoa(base+i))); err != nil {
+			if l, err = config.Listen(ctx, "tcp", net.JoinHostPort(ip, strconv.Itoa(base+i))); err != nil {
 				free = false
 				if !errors.Is(err, syscall.EADDRINUSE) {
 					return nil, attempt, problem.Wrap(err, problem.ProgramFailed, "check the machine's loopback interface", "no port can be opened on %s", ip)

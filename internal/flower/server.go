@@ -117,7 +117,7 @@ func StartServer(ctx context.Context, cfg ServerConfig) (*Server, error) {
 	}
 	for attempt := 0; ; {
 		var ports []int
-		if ports, attempt, err = freePorts(cfg.IP, 4, attempt); err != nil {
+		if ports, attempt, err = freePorts(ctx, cfg.IP, 4, attempt); err != nil {
 			break
 		}
 		if err = s.startLink(ctx, ports); err == nil || !errors.Is(err, errPortTaken) {
