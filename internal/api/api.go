@@ -149,17 +149,12 @@ func fromWire(err error) error {
 	return err
 }
 
-// Problem gives p's form on the wire; the error below it stays here.
+// Problem gives p's form on the wire: of the error below it, the text.
 func Problem(p *problem.Error) *pb.Problem {
 	if p == nil {
 		return nil
 	}
-	msg := p.Msg
-	if p.Err != nil {
-		// The text of the error below says what a person needs ("permission denied"); its type does not travel.
-		msg = fmt.Sprintf("%s: %v", p.Msg, p.Err)
-	}
-	return &pb.Problem{Code: string(p.Code), Party: p.Party, Message: msg, Next: p.Next, Log: p.Log}
+	return &pb.Problem{Code: string(p.Code), Party: p.Party, Message: p.What(), Next: p.Next, Log: p.Log}
 }
 
 // FromProblem gives the problem that p stands for.

@@ -57,10 +57,7 @@ func text(p *problem.Error) string {
 	if p.Party != "" && !strings.Contains(p.Msg, p.Party) {
 		fmt.Fprintf(&b, "%s: ", p.Party)
 	}
-	b.WriteString(p.Msg)
-	if p.Err != nil {
-		fmt.Fprintf(&b, ": %v", p.Err)
-	}
+	b.WriteString(p.What())
 	if p.Log != "" {
 		fmt.Fprintf(&b, "\n  log:  %s", p.Log)
 	}

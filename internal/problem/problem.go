@@ -6,6 +6,7 @@
 package problem
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -61,17 +62,28 @@ type Error struct {
 	Err   error  `json:"-"`
 }
 
-// Error gives the message, its cause if it has one, and what to do.
+// Error gives the message, the error below if there is one, and what to do.
 func (e *Error) Error() string {
-	var b strings.Builder
-	b.WriteString(e.Msg)
-	if e.Err != nil {
-		fmt.Fprintf(&b, ": %v", e.Err)
+	if e.Next == "" {
+		return e.What()
 	}
-	if e.Next != "" {
-		b.WriteString("; next: " + e.Next)
+	return e.What() + "; next: " + e.Next
+}
+
+// What gives what happened, with the text of the error below: "cannot read x: permission denied".
+func (e *Error) What() string {
+	if e.Err == nil {
+		return e.Msg
 	}
-	return b.String()
+	return fmt.Sprintf("%s: %v", e.Msg, e.Err)
+}
+
+// MarshalJSON writes What as the message: the text of the error below is for people, its type does not travel.
+func (e *Error) MarshalJSON() ([]byte, error) {
+	type plain Error
+	p := plain(*e)
+	p.Msg = e.What()
+	return json.Marshal(p)
 }
 
 // Unwrap gives the error below, for errors.Is and errors.As.

@@ -1,6 +1,7 @@
 package problem
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -47,5 +48,22 @@ func TestTableHasEveryCode(t *testing.T) {
 		if m, ok := Codes[Code(f[1])]; !ok || m.HTTP == 0 {
 			t.Errorf("no row for %s", f[1])
 		}
+	}
+}
+
+// What travels as JSON says as much as what is printed, and comes back as the same sentence.
+func TestJSON(t *testing.T) {
+	in := Wrap(errors.New("permission denied"), AppInvalid, "look", "/x cannot be read")
+	in.Party = "hub"
+	b, err := json.Marshal(struct{ Cause *Error }{in})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out struct{ Cause *Error }
+	if err := json.Unmarshal(b, &out); err != nil {
+		t.Fatal(err)
+	}
+	if out.Cause.Msg != "/x cannot be read: permission denied" || out.Cause.Error() != in.Error() || out.Cause.Party != "hub" || out.Cause.Code != AppInvalid {
+		t.Errorf("%s gave %+v", b, out.Cause)
 	}
 }
