@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
 	"time"
@@ -81,15 +82,17 @@ func Mount(mux *http.ServeMux, s *connect.Server) {
 	connecthttp.Mount(mux, s, connecthttp.WithReadMaxBytes(MaxMessage))
 }
 
-// NewServer makes a server whose handlers may return problems; more interceptors run inside.
-func NewServer(more ...connect.ServerInterceptor) *connect.Server {
-	return connect.NewServer(append([]connect.ServerInterceptor{serverProblems}, more...)...)
-}
-
-func serverProblems(next connect.ServerFunc) connect.ServerFunc {
-	return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
-		return toWire(next(ctx, spec, stream))
-	}
+// NewServer makes a server whose handlers may return problems. The errors below them go to log, not to the caller.
+func NewServer(log *slog.Logger) *connect.Server {
+	return connect.NewServer(func(next connect.ServerFunc) connect.ServerFunc {
+		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
+			err := next(ctx, spec, stream)
+			if err != nil && ctx.Err() == nil {
+				log.Info("a call was refused", "procedure", spec.Procedure, "err", err)
+			}
+			return toWire(err)
+		}
+	})
 }
 
 // clientProblems turns what a call or its stream gives back into problems.
@@ -149,12 +152,12 @@ func fromWire(err error) error {
 	return err
 }
 
-// Problem gives p's form on the wire: of the error below it, the text.
+// Problem gives p's form on the wire. The error below it stays here: it may name what is nobody else's business.
 func Problem(p *problem.Error) *pb.Problem {
 	if p == nil {
 		return nil
 	}
-	return &pb.Problem{Code: string(p.Code), Party: p.Party, Message: p.What(), Next: p.Next, Log: p.Log}
+	return &pb.Problem{Code: string(p.Code), Party: p.Party, Message: p.Msg, Next: p.Next, Log: p.Log}
 }
 
 // FromProblem gives the problem that p stands for.

@@ -250,7 +250,7 @@ func (f *runFlags) fail(e env, app string, err error) error {
 // failJSON is the only line of a run that was not tried.
 func failJSON(e env, app string, err error) error {
 	m := &machine{w: json.NewEncoder(e.stdout)}
-	return errOf(m.summary(localrun.Summary{App: app, State: job.Failed, Cause: problem.From(err), Engine: localrun.Engine}), err)
+	return errOf(m.summary(localrun.Summary{App: app, State: job.Failed, Cause: problem.From(err).Told(), Engine: localrun.Engine}), err)
 }
 
 func errOf(printing, err error) error {

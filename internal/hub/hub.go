@@ -156,7 +156,7 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 	if err != nil {
 		return problem.Wrap(err, problem.Usage, "choose another with listen in hub.toml", "cannot listen on %s", h.conf.Listen)
 	}
-	srv := api.NewServer()
+	srv := api.NewServer(h.log)
 	pergolav1connect.RegisterJobServiceHandler(srv, jobService{h})
 	pergolav1connect.RegisterBundleServiceHandler(srv, bundleService{h})
 	pergolav1connect.RegisterSiteServiceHandler(srv, siteService{h})

@@ -114,7 +114,7 @@ func Run(ctx context.Context, opt Options) (Summary, error) {
 	case err != nil:
 		p := problem.From(err)
 		if r.summary.Cause == nil {
-			r.summary.Cause = p
+			r.summary.Cause = p.Told() // everything is on the user's own machine
 		}
 		if p.Code == problem.AbortedByUser {
 			r.summary.State = job.Aborted

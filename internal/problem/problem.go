@@ -6,7 +6,6 @@
 package problem
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -78,12 +77,12 @@ func (e *Error) What() string {
 	return fmt.Sprintf("%s: %v", e.Msg, e.Err)
 }
 
-// MarshalJSON writes What as the message: the text of the error below is for people, its type does not travel.
-func (e *Error) MarshalJSON() ([]byte, error) {
-	type plain Error
-	p := plain(*e)
-	p.Msg = e.What()
-	return json.Marshal(p)
+// Told gives a copy whose message is What, for where the error below may be told: to the user of this very machine.
+// Elsewhere it stays in the log, since it may name what is nobody else's business.
+func (e *Error) Told() *Error {
+	c := *e
+	c.Msg, c.Err = e.What(), nil
+	return &c
 }
 
 // Unwrap gives the error below, for errors.Is and errors.As.

@@ -95,7 +95,7 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	srv := api.NewServer()
+	srv := api.NewServer(log)
 	pergolav1connect.RegisterRunnerServiceHandler(srv, service{r})
 	mux := http.NewServeMux()
 	api.Mount(mux, srv)
