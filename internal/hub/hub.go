@@ -117,6 +117,9 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 // ListeningPrefix begins the line that `pergola hub` prints once it listens; the address follows.
 const ListeningPrefix = "listening on "
 
+// CannotListen begins what `pergola hub` says when it cannot have its port; the address and the reason follow.
+const CannotListen = "cannot listen on "
+
 // DatabaseFile is the store's name in the hub's directory.
 const DatabaseFile = "pergola.db"
 
@@ -154,7 +157,7 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 	var lc net.ListenConfig
 	ln, err := lc.Listen(ctx, "tcp", h.conf.Listen)
 	if err != nil {
-		return problem.Wrap(err, problem.Usage, "choose another with listen in hub.toml", "cannot listen on %s", h.conf.Listen)
+		return problem.Wrap(err, problem.Usage, "choose another with listen in hub.toml", CannotListen+"%s", h.conf.Listen)
 	}
 	srv := api.NewServer(h.log)
 	pergolav1connect.RegisterJobServiceHandler(srv, jobService{h})

@@ -129,6 +129,11 @@ func (r *run) startHub(ctx context.Context, auth *pki.Authority, env []string) (
 	case addr := <-ready:
 		return p, dialable(addr), nil
 	case <-p.Done():
+		for _, l := range p.Tail(10) {
+			if _, why, ok := strings.Cut(l, hub.CannotListen); ok { // the one thing that is the user's to change
+				return nil, "", problem.New(problem.Usage, "choose another address with --listen, for example 127.0.0.1:0", "the hub cannot listen on %s", why)
+			}
+		}
 		return nil, "", r.lost(p)
 	case <-ctx.Done():
 		p.Stop(0)

@@ -31,6 +31,7 @@ var tinyRounds = []localrun.RoundMetrics{
 
 // The same app gives the same numbers with the programs of every generation.
 func TestVersions(t *testing.T) {
+	t.Parallel()
 	for _, v := range []string{oldest, "1.18.0", "1.30.0", newest} {
 		t.Run(v, func(t *testing.T) {
 			t.Parallel()
@@ -50,6 +51,7 @@ func TestVersions(t *testing.T) {
 
 // Apps in the styles of older versions run with the oldest and, where Flower's programs take them, with newer ones.
 func TestOldStyles(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct{ app, flwr string }{
 		{"tiny-components", oldest}, {"tiny-modules", oldest}, {"tiny-components", newest}, {"tiny-modules", newest},
 	} {

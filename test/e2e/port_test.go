@@ -22,6 +22,7 @@ import (
 
 	"github.com/pergolafl/pergola/internal/link"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/problem"
 )
 
 // patience is how long a peer may take to answer or to hang up.
@@ -29,6 +30,7 @@ const patience = 20 * time.Second
 
 // While a job runs, the hub's port is the only thing that can be reached from outside; and what it lets in.
 func TestOnePort(t *testing.T) {
+	t.Parallel()
 	for _, v := range []string{oldest, newest} {
 		t.Run(v, func(t *testing.T) {
 			t.Parallel()
@@ -44,6 +46,24 @@ func TestOnePort(t *testing.T) {
 			}
 			r.succeeded(r.end(), v, 1)
 		})
+	}
+}
+
+// A port that somebody else has is the user's to change, and nothing is started for it.
+func TestPortIsTaken(t *testing.T) {
+	t.Parallel()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	res := start(t, spec{app: "tiny", args: []string{"--flwr", oldest, "--listen", ln.Addr().String()}}).end()
+	c := res.Summary.Cause
+	if res.Code != 2 || c == nil || c.Code != problem.Usage || !strings.Contains(c.Msg, ln.Addr().String()) || !strings.Contains(c.Next, "--listen") {
+		t.Errorf("exit %d, cause %+v; want a usage error that names the address and the flag", res.Code, c)
+	}
+	if res.Job.ID != "" {
+		t.Errorf("there is a job: %+v", res.Job)
 	}
 }
 
