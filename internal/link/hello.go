@@ -17,17 +17,20 @@ const ALPN = "pergola-link/1"
 
 // Version is the protocol version that this end speaks. There is no range of versions: both ends of a job run
 // what their operators installed, and the refusal tells both what the other has.
-const Version = 1
+const Version = 2
 
 // Limits of the frames that open a link, in bytes without their headers.
 const (
-	MaxName   = 64  // a job's identifier, or a site's name, in a preface
-	maxBody   = 512 // of any such frame: what a later version may grow to without another first read
-	headSize  = 8
-	helloSize = 16
+	MaxName  = 64  // a job's identifier, or a site's name, in a preface
+	maxBody  = 512 // of any such frame: what a later version may grow to without another first read
+	headSize = 8
+	idSize   = 16
+	keySize  = 32
 )
 
-// Frames that open a link. START goes both ways, for each end to measure the round trip between the runners. All of them begin alike, so that ends of different versions still understand a refusal:
+// Frames that open a link, or resume it over a new transport; docs/link-protocol.md has their bodies. START goes both
+// ways at a session's beginning, for each end to measure the round trip between the runners. All of them begin alike, so
+// that ends of different versions still understand a refusal:
 //
 //	magic "PGLK"   type (1)   reserved, 0 (1)   version (2)   body length (2)   body
 const (
@@ -41,19 +44,25 @@ const (
 const (
 	refuseVersion = 1 // the versions differ
 	refusePeer    = 2 // this peer has no business here
+	refuseGone    = 3 // this peer has no such session, or not with that secret
+	refuseClosed  = 4 // the session was closed in order
+	refuseStale   = 5 // a later attempt of the same session has been here
 )
 
 // sessionID names a session for as long as it lives, over however many transports.
-type sessionID [helloSize]byte
+type sessionID [idSize]byte
 
 func (id sessionID) String() string { return hex.EncodeToString(id[:4]) }
 
-func newSessionID() (sessionID, error) {
-	var id sessionID
-	if _, err := rand.Read(id[:]); err != nil {
-		return id, problem.Wrap(err, problem.Internal, "", "no session could be named")
+func newSessionID() (id sessionID, secret [keySize]byte, err error) {
+	_, err = rand.Read(id[:])
+	if err == nil {
+		_, err = rand.Read(secret[:])
 	}
-	return id, nil
+	if err != nil {
+		err = problem.Wrap(err, problem.Internal, "", "no session could be named")
+	}
+	return id, secret, err
 }
 
 // frame is a HELLO, WELCOME, REFUSE or START.
@@ -95,13 +104,74 @@ func readFrame(r io.Reader) (frame, error) {
 	return f, nil
 }
 
-// hello is what a HELLO says in this version. Resuming adds the secret and the received offset behind the session.
-func helloFrame(id sessionID) frame {
-	return frame{kind: frameHello, version: Version, body: id[:]}
+// position is where an end stands in both directions, in bytes since the session began.
+type position struct {
+	received uint64 // has arrived, in order
+	sent     uint64 // has ever been sent
+	limit    uint64 // may be sent by the other end
 }
 
-func welcomeFrame(id sessionID) frame {
-	return frame{kind: frameWelcome, version: Version, body: id[:]}
+const positionSize = 24
+
+func (p position) append(b []byte) []byte {
+	b = binary.BigEndian.AppendUint64(b, p.received)
+	b = binary.BigEndian.AppendUint64(b, p.sent)
+	return binary.BigEndian.AppendUint64(b, p.limit)
+}
+
+func parsePosition(b []byte) position {
+	return position{binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:]), binary.BigEndian.Uint64(b[16:])}
+}
+
+// greeting is what a HELLO says.
+type greeting struct {
+	id      sessionID
+	secret  [keySize]byte // whoever resumes the session has to know it
+	attempt uint32        // counts the transports of the session from 1: an older one that was held up is told by it
+	resume  bool          // the other end is known to have the session
+	at      position
+}
+
+const helloBody = idSize + keySize + 4 + 1 + positionSize
+
+func helloFrame(g greeting) frame {
+	b := append(make([]byte, 0, helloBody), g.id[:]...)
+	b = append(b, g.secret[:]...)
+	b = binary.BigEndian.AppendUint32(b, g.attempt)
+	if g.resume {
+		b = append(b, 1)
+	} else {
+		b = append(b, 0)
+	}
+	return frame{kind: frameHello, version: Version, body: g.at.append(b)}
+}
+
+// greeting reads a HELLO of this version. One that begins a session has received nothing and sent nothing.
+func (f frame) greeting() (greeting, error) {
+	b := f.body
+	if f.kind != frameHello || len(b) != helloBody || b[52] > 1 {
+		return greeting{}, errNotLink
+	}
+	g := greeting{
+		id: sessionID(b), secret: [keySize]byte(b[idSize:]), attempt: binary.BigEndian.Uint32(b[48:]), resume: b[52] == 1,
+		at: parsePosition(b[53:]),
+	}
+	if g.attempt == 0 || !g.resume && (g.at.received != 0 || g.at.sent != 0) {
+		return greeting{}, errNotLink
+	}
+	return g, nil
+}
+
+func welcomeFrame(id sessionID, at position) frame {
+	return frame{kind: frameWelcome, version: Version, body: at.append(append(make([]byte, 0, idSize+positionSize), id[:]...))}
+}
+
+// welcome reads a WELCOME of this version to session id.
+func (f frame) welcome(id sessionID) (position, error) {
+	if f.kind != frameWelcome || len(f.body) != idSize+positionSize || sessionID(f.body) != id {
+		return position{}, errNotLink
+	}
+	return parsePosition(f.body[idSize:]), nil
 }
 
 func startFrame(id sessionID) frame {
@@ -114,7 +184,7 @@ func readStart(r io.Reader, id sessionID) error {
 	if err != nil {
 		return noEOF(err)
 	}
-	if got, err := f.session(); err != nil || got != id || f.kind != frameStart || f.version != Version {
+	if f.kind != frameStart || f.version != Version || len(f.body) != idSize || sessionID(f.body) != id {
 		return errNotLink
 	}
 	return nil
@@ -122,14 +192,6 @@ func readStart(r io.Reader, id sessionID) error {
 
 func refuseFrame(reason byte) frame {
 	return frame{kind: frameRefuse, version: Version, body: []byte{reason}}
-}
-
-// session gives the session of a HELLO, WELCOME or START of this version.
-func (f frame) session() (sessionID, error) {
-	if len(f.body) != helloSize {
-		return sessionID{}, errNotLink
-	}
-	return sessionID(f.body), nil
 }
 
 func versionProblem(theirs uint16) error {

@@ -10,10 +10,10 @@ import (
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
-func TestFirstWindow(t *testing.T) {
+func TestWindowFor(t *testing.T) {
 	for rtt, want := range map[time.Duration]uint32{0: minWindow, 100 * time.Microsecond: minWindow, 10 * time.Millisecond: 2_500_000, 100 * time.Millisecond: MaxWindow, time.Hour: MaxWindow} {
-		if got := firstWindow(rtt); got != want {
-			t.Errorf("firstWindow(%v) = %d, want %d", rtt, got, want)
+		if got := windowFor(rtt); got != want {
+			t.Errorf("windowFor(%v) = %d, want %d", rtt, got, want)
 		}
 	}
 }
@@ -68,8 +68,9 @@ func FuzzReadPreface(f *testing.F) {
 
 // What parses is written back byte for byte, and neither reads nor keeps more than its declared limit.
 func FuzzReadFrame(f *testing.F) {
-	f.Add(appendFrame(nil, helloFrame(sessionID{1, 2, 3})))
-	f.Add(appendFrame(nil, welcomeFrame(sessionID{})))
+	f.Add(appendFrame(nil, helloFrame(greeting{id: sessionID{1, 2, 3}, attempt: 1})))
+	f.Add(appendFrame(nil, helloFrame(greeting{id: sessionID{1}, secret: [keySize]byte{7}, attempt: 9, resume: true, at: position{1 << 40, 2, 3}})))
+	f.Add(appendFrame(nil, welcomeFrame(sessionID{}, position{4, 5, 6})))
 	f.Add(appendFrame(nil, refuseFrame(refuseVersion)))
 	f.Add(appendFrame(nil, startFrame(sessionID{9})))
 	f.Add(appendFrame(nil, frame{kind: frameHello, version: 65535, body: make([]byte, maxBody)}))
@@ -86,8 +87,39 @@ func FuzzReadFrame(f *testing.F) {
 		if again := appendFrame(nil, fr); !bytes.HasPrefix(b, again) || r.Len() != len(b)-len(again) {
 			t.Errorf("%q gave %+v, which is written %q; %d bytes left", b, fr, again, r.Len())
 		}
-		if id, err := fr.session(); err == nil && !bytes.Equal(id[:], fr.body) {
-			t.Errorf("session %v of %q", id, fr.body)
+		if g, err := fr.greeting(); err == nil && !bytes.Equal(helloFrame(g).body, fr.body) {
+			t.Errorf("%q gave %+v", fr.body, g)
+		}
+		if fr.kind == frameWelcome && len(fr.body) >= idSize {
+			id := sessionID(fr.body)
+			if at, err := fr.welcome(id); err == nil && !bytes.Equal(welcomeFrame(id, at).body, fr.body) {
+				t.Errorf("%q gave %+v", fr.body, at)
+			}
+		}
+	})
+}
+
+// What parses is written back byte for byte; nothing behind the head of DATA is read, and nothing is allocated.
+func FuzzReadUnit(f *testing.F) {
+	f.Add(appendUnit(nil, unit{kind: frameData, length: MaxData, number: 1 << 50}))
+	f.Add(appendUnit(nil, unit{kind: frameData, length: MaxData + 1}))
+	f.Add(appendUnit(nil, unit{kind: frameData}))
+	f.Add(appendUnit(nil, ackUnit(3, 1<<63)))
+	f.Add(appendUnit(nil, unit{kind: framePing}))
+	f.Add(appendUnit(nil, unit{kind: frameClose, number: 77}))
+	f.Add([]byte{0, 0xff, 0xff, 0xff})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		r := bytes.NewReader(b)
+		var head [unitHead + ackBody]byte
+		u, err := readUnit(r, &head)
+		if err != nil {
+			return
+		}
+		if u.length > MaxData || u.kind < frameData || u.kind > frameClose {
+			t.Errorf("read %+v", u)
+		}
+		if again := appendUnit(nil, u); !bytes.HasPrefix(b, again) || r.Len() != len(b)-len(again) {
+			t.Errorf("%q gave %+v, which is written %q; %d bytes left", b, u, again, r.Len())
 		}
 	})
 }

@@ -1,17 +1,17 @@
-// Package link carries streams between the two runners of a job over one connection at a time. It knows nothing of jobs,
-// of TLS or of Flower: a [Dialer] gives the transport, any reliable byte stream will do.
+// Package link carries streams between the two runners of a job over a connection that may come and go. Bytes arrive
+// once and in order; an outage costs at most the replay buffer (8 MiB each way unless set otherwise) and nobody above
+// notices more than a pause, as long as it is shorter than [Options].Tolerance. It knows nothing of jobs, of TLS or of
+// Flower: a [Dialer] gives the transports, any reliable byte stream will do.
 //
 //	site runner ── Dial ═ TLS ═ hub: WritePreface, Splice ═ unix socket ═ Acceptor ── hub runner
-//	               HELLO{version, session} ──────────────────────▶
-//	               ◀────────────────── WELCOME{version, session} or REFUSE{version, reason}
-//	               ── START ────────────────────────────────────▶
-//	               ◀──────────────────────────────────── START ──
-//	               ◀═════════════ streams (yamux) ═══════════════▶
 //
-// A session is one transport long for now: what the transport loses ends it, with a link-lost problem. Its name is
-// exchanged and its interface does not show the transport, so that a session can come to outlive transports.
-// Both ends send something at least every few seconds; an end that hears nothing for 15 s takes the path for dead.
-// Start with [Dial] and [NewAcceptor]; the frames are in hello.go.
+//	streams (yamux)            Session, session.go
+//	  └─ one byte stream       line.go: numbers, keeps and replays; never ends by an outage
+//	      └─ transports        transport.go: frames of DATA, ACK, PING, CLOSE; one at a time, each begins with
+//	                           HELLO{session, secret, position} ─▶ ◀─ WELCOME{position} or REFUSE{reason}
+//
+// Both ends send something at least every few seconds; an end that hears nothing for 15 s takes the path for dead, and the
+// dialling end makes a new one. Start with [Dial] and [NewAcceptor]; docs/link-protocol.md has the protocol.
 package link
 
 import (
@@ -20,21 +20,16 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"sync"
 	"time"
-
-	"github.com/pergolafl/pergola/internal/problem"
 )
 
 const (
 	// Silence is for how long an end may hear nothing before it takes the path for dead.
 	Silence = 15 * time.Second
-	// pingEvery is how often an end makes itself heard. A ping that is not answered is given up after pingWait, so
-	// two of them are tried well within Silence even on a congested path.
+	// pingEvery is how often an end makes itself heard.
 	pingEvery = 3 * time.Second
-	pingWait  = 4 * time.Second
 	// writeStall is how long one write to the transport may take: with full buffers, 1 KiB/s still gets by.
 	writeStall = 60 * time.Second
 	// handshakeWait is how long HELLO and WELCOME may take together.
@@ -70,8 +65,36 @@ type Options struct {
 	// Allow decides about a peer before it is welcomed (acceptors); nil allows every one. The peer is told no more
 	// than that it was refused.
 	Allow func(Peer) error
+	// Tolerance is for how long the session waits for a transport after a cut before it ends. 0: [DefaultTolerance];
+	// negative: for ever.
+	Tolerance time.Duration
+	// Buffer is how many bytes each end keeps until the other has acknowledged them, and takes from the other before
+	// they are read. One buffer is sent in a round trip at most. 0: [DefaultBuffer], or up to 32 MiB where the round trip at
+	// the session's beginning asks for it.
+	Buffer int
+	// OnOutage is told each outage of each session when it is over and the session has resumed. It must not block. An
+	// outage that ends the session is told by its Err alone.
+	OnOutage func(Outage)
 	// Log takes what nobody is there to be told: connections that never became a session. nil: nowhere.
 	Log *slog.Logger
+}
+
+// Outage is a time in which a session had no transport.
+type Outage struct {
+	Peer    Peer
+	Cut     time.Time // when the path was last known to work
+	Resumed time.Time
+	Resent  int64 // bytes of both directions that were sent before and are sent again
+}
+
+// Stats counts what a session has been through.
+type Stats struct {
+	Cuts     int64     // transports that were lost
+	Resumes  int64     // transports that came after one that was lost
+	Resent   int64     // bytes that this end has sent more than once
+	Sent     int64     // bytes that this end has sent, each counted once, frames and handshakes not
+	Received int64     // bytes that have come, counted so too
+	Down     time.Time // since when there is no transport; zero if there is one
 }
 
 func (o Options) log() *slog.Logger {
@@ -79,242 +102,6 @@ func (o Options) log() *slog.Logger {
 		return slog.New(slog.DiscardHandler)
 	}
 	return o.Log
-}
-
-// Dial makes a session over a transport from d, and gives it when the other end's runner has welcomed it. The
-// error is a version problem if the ends speak different versions, denied if the other end refuses this one,
-// otherwise link-lost. The session does not end with ctx; call [Session.Close].
-func Dial(ctx context.Context, d Dialer, opts Options) (*Session, error) {
-	id, err := newSessionID()
-	if err != nil {
-		return nil, err
-	}
-	start, wait := time.Now(), 100*time.Millisecond
-	for {
-		s, err := dialOnce(ctx, d, id, opts)
-		if err == nil {
-			return s, nil
-		}
-		if ctx.Err() != nil {
-			return nil, problem.Wrap(context.Cause(ctx), problem.LinkLost, "", "the link was given up before it was made")
-		}
-		code := problem.CodeOf(err)
-		left := opts.Retry - time.Since(start)
-		if code == problem.Version || code == problem.Denied || left <= 0 {
-			return nil, err
-		}
-		// Half of the pause is left to chance, so that many ends do not come back in step.
-		pause := min(wait/2+rand.N(wait/2), left) //nolint:gosec // a pause is no secret
-		opts.log().Info("link: try again", "in", pause, "because", err)
-		t := time.NewTimer(pause)
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-		}
-		wait = min(2*wait, 5*time.Second)
-	}
-}
-
-func dialOnce(ctx context.Context, d Dialer, id sessionID, opts Options) (*Session, error) {
-	conn, err := d(ctx)
-	if err != nil {
-		if p, ok := errors.AsType[*problem.Error](err); ok {
-			return nil, p
-		}
-		return nil, problem.Wrap(err, problem.LinkLost, "check that the hub runs and can be reached from this machine", "the other end of the link cannot be reached")
-	}
-	rtt, err := greet(ctx, conn, id)
-	if err != nil {
-		return nil, errors.Join(err, ignoreClosed(conn.Close()))
-	}
-	return newSession(conn, true, opts.Peer, id, rtt)
-}
-
-// greet says HELLO, waits for the WELCOME and measures the round trip.
-func greet(ctx context.Context, conn net.Conn, id sessionID) (time.Duration, error) {
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	lost := func(err error) (time.Duration, error) {
-		return 0, problem.Wrap(noEOF(err), problem.LinkLost, "see the hub's log for why it closed the connection", "the other end of the link did not answer")
-	}
-	if err := conn.SetDeadline(time.Now().Add(handshakeWait)); err != nil {
-		return lost(err)
-	}
-	if _, err := conn.Write(appendFrame(nil, helloFrame(id))); err != nil {
-		return lost(err)
-	}
-	f, err := readFrame(conn)
-	if err != nil {
-		return lost(err)
-	}
-	switch {
-	case f.version != Version:
-		return 0, versionProblem(f.version)
-	case f.kind == frameRefuse && len(f.body) == 1 && f.body[0] == refusePeer:
-		return 0, problem.New(problem.Denied, "see the log of the hub's runner", "the other end of the link refused this one")
-	case f.kind != frameWelcome:
-		return lost(errNotLink)
-	}
-	if got, err := f.session(); err != nil || got != id {
-		return lost(errNotLink)
-	}
-	// Not HELLO and WELCOME: between those the hub may have waited for its runner.
-	began := time.Now()
-	if _, err := conn.Write(appendFrame(nil, startFrame(id))); err != nil {
-		return lost(err)
-	}
-	if err := readStart(conn, id); err != nil {
-		return lost(err)
-	}
-	rtt := time.Since(began)
-	if err := conn.SetDeadline(time.Time{}); err != nil {
-		return lost(err)
-	}
-	return rtt, nil
-}
-
-// Acceptor is the hub runner's end: it makes sessions of the connections that the hub splices to its socket.
-type Acceptor struct {
-	opts     Options
-	sessions chan *Session
-
-	mu   sync.Mutex
-	last map[Peer]*Session // guarded by mu: the newest session of each peer
-}
-
-// NewAcceptor makes an acceptor; [Acceptor.Serve] feeds it.
-func NewAcceptor(opts Options) *Acceptor {
-	return &Acceptor{opts: opts, sessions: make(chan *Session), last: make(map[Peer]*Session)}
-}
-
-// Serve takes the connections of ln until ctx is done, closes ln and what has not been accepted, and returns nil; it returns
-// an error if ln fails before. A peer has one session: a new one ends the old one, whose transport may not have
-// noticed yet that it is dead.
-func (a *Acceptor) Serve(ctx context.Context, ln net.Listener) error {
-	var conns sync.WaitGroup
-	defer conns.Wait()
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer ln.Close()
-	defer context.AfterFunc(ctx, func() { _ = ln.Close() })()
-	slots := make(chan struct{}, maxHandshakes)
-	for {
-		select {
-		case slots <- struct{}{}:
-		case <-ctx.Done():
-			return nil
-		}
-		conn, err := ln.Accept()
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
-			<-slots
-			if isTransient(err) {
-				a.opts.log().Warn("link: accept", "error", err)
-				if !pause(ctx, 50*time.Millisecond) {
-					return nil
-				}
-				continue
-			}
-			return problem.Wrap(err, problem.Internal, "", "links cannot be accepted any more")
-		}
-		conns.Go(func() {
-			s, err := a.welcome(ctx, conn)
-			<-slots
-			if err != nil {
-				a.opts.log().Warn("link: a connection was refused", "error", err)
-				return
-			}
-			select {
-			case a.sessions <- s:
-			case <-s.Done():
-			case <-ctx.Done():
-				_ = s.Close() // its end is told by Err
-			}
-		})
-	}
-}
-
-// Accept gives the next session. The error is that of ctx.
-func (a *Acceptor) Accept(ctx context.Context) (*Session, error) {
-	select {
-	case s := <-a.sessions:
-		return s, nil
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
-}
-
-// welcome reads preface and HELLO and answers.
-func (a *Acceptor) welcome(ctx context.Context, conn net.Conn) (s *Session, err error) {
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, ignoreClosed(conn.Close()))
-		}
-	}()
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	if err := conn.SetDeadline(time.Now().Add(handshakeWait)); err != nil {
-		return nil, err
-	}
-	peer, err := ReadPreface(conn)
-	if err != nil {
-		return nil, err
-	}
-	f, err := readFrame(conn)
-	if err != nil {
-		return nil, fmt.Errorf("read the HELLO of %s: %w", peer.Site, noEOF(err))
-	}
-	if f.kind != frameHello {
-		return nil, fmt.Errorf("read the HELLO of %s: %w", peer.Site, errNotLink)
-	}
-	refuse := func(reason byte, err error) error {
-		_, werr := conn.Write(appendFrame(nil, refuseFrame(reason)))
-		return errors.Join(fmt.Errorf("link of %s: %w", peer.Site, err), werr)
-	}
-	if f.version != Version {
-		return nil, refuse(refuseVersion, versionProblem(f.version))
-	}
-	id, err := f.session()
-	if err != nil {
-		return nil, fmt.Errorf("read the HELLO of %s: %w", peer.Site, err)
-	}
-	if a.opts.Allow != nil {
-		if err := a.opts.Allow(peer); err != nil {
-			return nil, refuse(refusePeer, err)
-		}
-	}
-	if _, err := conn.Write(appendFrame(nil, welcomeFrame(id))); err != nil {
-		return nil, fmt.Errorf("welcome %s: %w", peer.Site, err)
-	}
-	began := time.Now()
-	if err := readStart(conn, id); err != nil {
-		return nil, fmt.Errorf("read the START of %s: %w", peer.Site, err)
-	}
-	rtt := time.Since(began)
-	if _, err := conn.Write(appendFrame(nil, startFrame(id))); err != nil {
-		return nil, fmt.Errorf("start %s: %w", peer.Site, err)
-	}
-	if err := conn.SetDeadline(time.Time{}); err != nil {
-		return nil, err
-	}
-	s, err = newSession(conn, false, peer, id, rtt)
-	if err != nil {
-		return nil, err
-	}
-	a.mu.Lock()
-	old := a.last[peer]
-	for p, s := range a.last {
-		if s.Err() != nil {
-			delete(a.last, p) // holds on to no session that has ended
-		}
-	}
-	a.last[peer] = s
-	a.mu.Unlock()
-	if old != nil {
-		old.abandon()
-	}
-	return s, nil
 }
 
 // Splice copies between a and b, each direction until its end, which is passed on as a half-close, and closes both.

@@ -81,8 +81,8 @@ func streams(t *testing.T, from, to *Session) (near, far Stream) {
 
 func TestStreamsBothWays(t *testing.T) {
 	site, hub := pair(t)
-	if hub.Peer() != anna || site.Peer().Site != "hub" || hub.id != site.id {
-		t.Errorf("peers %v %v, sessions %v %v", hub.Peer(), site.Peer(), hub.id, site.id)
+	if hub.Peer() != anna || site.Peer().Site != "hub" || hub.line.id != site.line.id {
+		t.Errorf("peers %v %v, sessions %v %v", hub.Peer(), site.Peer(), hub.line.id, site.line.id)
 	}
 	for _, d := range [][2]*Session{{site, hub}, {hub, site}} {
 		near, far := streams(t, d[0], d[1])
@@ -185,7 +185,7 @@ func TestRefusals(t *testing.T) {
 		})
 		defer wg.Wait()
 		_, err := Dial(t.Context(), func(context.Context) (net.Conn, error) { return near, nil }, Options{Retry: time.Hour})
-		if problem.CodeOf(err) != problem.Version || !strings.Contains(err.Error(), "version 7, this end version 1") {
+		if problem.CodeOf(err) != problem.Version || !strings.Contains(err.Error(), "version 7, this end version 2") {
 			t.Errorf("refused with %v", err)
 		}
 	})

@@ -16,17 +16,14 @@ import (
 )
 
 const (
-	// MaxWindow is how many bytes of one stream may be on their way: 1 Gbit/s × 100 ms is 12.5 MB.
+	// MaxWindow is how many bytes of one stream may be on their way at most: 1 Gbit/s × 100 ms is 12.5 MB.
 	MaxWindow = 16 << 20
-	// minWindow is the multiplexer's least.
-	minWindow = 256 << 10
+	// minWindow is what they are on a short path.
+	minWindow = 1 << 20
 	// lineRate is what one stream should be able to fill, in bytes per second: 1 Gbit/s.
 	lineRate = 125e6
-	// windowBudget bounds what the windows of one session may grow in total beyond their start, in bytes: two streams
-	// at full width, so that many readers that stall cannot fill the machine's memory.
-	windowBudget = 32 << 20
-	// MaxStreams is how many streams the other end may have open at a time; further ones are reset.
-	MaxStreams = 4096
+	// memoryLimit bounds what streams whose readers stall can hold in one session, in bytes, by bounding their number.
+	memoryLimit = 1 << 30
 	// backlog is how many streams may wait for Accept; the end that opens waits when there are more.
 	backlog = 1024
 	// orphanWait is how long the other end of a closed stream may take to end its half before it is reset.
@@ -35,13 +32,11 @@ const (
 
 // Session carries streams between two runners. Its methods may be called concurrently.
 type Session struct {
-	peer Peer
-	id   sessionID
+	line *line
 	mux  *yamux.Session
 
 	accepted chan *stream
 	closing  atomic.Bool // Close was called
-	gone     atomic.Bool // superseded by a newer session of the same peer
 	shut     sync.Once
 	done     chan struct{}
 	err      error // set before done is closed
@@ -51,42 +46,47 @@ type Session struct {
 	ended   bool // guarded by mu: nothing new may run
 }
 
-func newSession(conn net.Conn, client bool, peer Peer, id sessionID, rtt time.Duration) (*Session, error) {
+// newSession runs streams over l. The dialling end is the client.
+func newSession(l *line, client bool, rtt time.Duration) (*Session, error) {
 	c := yamux.DefaultConfig()
 	c.AcceptBacklog = backlog
-	c.MaxIncomingStreams = MaxStreams
-	c.MaxStreamWindowSize = MaxWindow
-	c.InitialStreamWindowSize = firstWindow(rtt)
+	window := windowFor(rtt)
+	c.MaxIncomingStreams = memoryLimit / window
+	// Windows do not grow. In go-yamux 5.1.0 each doubling loses at least half of the old window, since the room made before
+	// it is never announced (Stream.sendWindowUpdate overwrites delta); after a few, more is lost than has to be
+	// free for the next announcement, and the stream stands still for ever.
+	c.MaxStreamWindowSize, c.InitialStreamWindowSize = window, window
 	c.ReadBufSize = 32 << 10
 	c.LogOutput = io.Discard // what it would say is in Err
-	// Its own keep-alive takes a full send buffer on a slow path for a dead peer; see transport and keepAlive.
+	// It must not notice an outage: the line keeps its transports alive, and ignores deadlines. What is left of this is how
+	// long a measurement of the round trip may take.
 	c.EnableKeepAlive = false
-	c.ConnectionWriteTimeout = pingWait
-	budget := new(budget)
+	c.ConnectionWriteTimeout = Silence
 	newMux := yamux.Server
 	if client {
 		newMux = yamux.Client
 	}
-	mux, err := newMux(&transport{Conn: conn}, c, budget.span)
+	mux, err := newMux(l, c, nil)
 	if err != nil {
 		return nil, problem.Wrap(err, problem.Internal, "", "the link's streams cannot be set up")
 	}
-	s := &Session{peer: peer, id: id, mux: mux, accepted: make(chan *stream), done: make(chan struct{})}
-	s.running.Go(s.keepAlive)
+	s := &Session{line: l, mux: mux, accepted: make(chan *stream), done: make(chan struct{})}
 	s.running.Go(s.acceptLoop)
 	return s, nil
 }
 
-// firstWindow is what streams start with over a path of that round trip: on a machine or in a house little, so that
-// a reader that stalls holds little memory. Twice what is on the way, as room is announced by halves of the window.
-// Growing later is no substitute: in go-yamux 5.1.0 each doubling loses half of the old window, since the room made
-// before it is never announced (Stream.sendWindowUpdate overwrites delta), so a window that grew is half as wide.
-func firstWindow(rtt time.Duration) uint32 {
+// windowFor gives the window of streams over a path of that round trip: on a machine or in a house little, so that
+// a reader that stalls holds little memory. It is twice what is on the way, as room is announced by halves of the window.
+// The other end may have [memoryLimit] / window streams open at a time, 64 to 1,024; further ones are reset.
+func windowFor(rtt time.Duration) uint32 {
 	return uint32(min(max(2*lineRate*rtt.Seconds(), minWindow), MaxWindow))
 }
 
 // Peer gives the other end.
-func (s *Session) Peer() Peer { return s.peer }
+func (s *Session) Peer() Peer { return s.line.peer }
+
+// Stats gives the counters as they are now.
+func (s *Session) Stats() Stats { return s.line.snapshot() }
 
 // Done is closed when the session has ended, however it did.
 func (s *Session) Done() <-chan struct{} { return s.done }
@@ -130,12 +130,15 @@ func (s *Session) Accept(ctx context.Context) (Stream, error) {
 	}
 }
 
-// Close ends the session in order, and waits for the other end for 5 s at most. Streams that were closed for
-// writing are delivered, all others are reset. It always returns nil; it may be called often.
+// Close ends the session in order, and waits for the other end for 10 s at most, in an outage for 5 s. Streams that were
+// closed for writing are delivered, all others are reset. It always returns nil; it may be called often.
 func (s *Session) Close() error {
 	s.shut.Do(func() {
 		s.closing.Store(true)
-		timer := time.AfterFunc(closeWait, func() { _ = s.mux.Close() })
+		timer := time.AfterFunc(closeWait, func() {
+			s.line.finish(nil)
+			_ = s.mux.Close()
+		})
 		defer timer.Stop()
 		// Behind everything that was written: the other end has it all when it reads this, and closes.
 		if s.mux.GoAway() == nil {
@@ -145,13 +148,14 @@ func (s *Session) Close() error {
 	})
 	<-s.done
 	s.running.Wait()
+	<-s.line.over.Done()
+	s.line.running.Wait()
 	return nil
 }
 
 // abandon ends the session at once, for a newer one has taken its place.
 func (s *Session) abandon() {
-	s.gone.Store(true)
-	_ = s.mux.Close()
+	s.line.finish(problem.New(problem.LinkLost, "", "the other end of the link came back with a new session"))
 	<-s.done
 }
 
@@ -185,32 +189,16 @@ func (s *Session) spawn(f func()) bool {
 }
 
 func (s *Session) why(err error) error {
-	const next = "see whether the network, the hub or the other end's machine went away at this time"
+	failure := s.line.failure()
 	switch {
-	case s.gone.Load():
-		return problem.New(problem.LinkLost, "", "the other end of the link came back with a new session")
 	case s.closing.Load():
 		return ErrClosed
 	case errors.Is(err, yamux.ErrRemoteGoAway):
 		return ErrPeerClosed
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		return problem.Wrap(err, problem.LinkLost, next, "the other end of the link was not heard for %v", Silence)
+	case failure != nil:
+		return failure
 	default:
-		return problem.Wrap(noEOF(err), problem.LinkLost, next, "the link broke off")
-	}
-}
-
-// keepAlive makes this end heard. Whether the other end is, transport tells.
-func (s *Session) keepAlive() {
-	t := time.NewTicker(pingEvery)
-	defer t.Stop()
-	for {
-		select {
-		case <-t.C:
-			_, _ = s.mux.Ping() // an answer that is late behind bulk data is no sign of death
-		case <-s.mux.CloseChan():
-			return
-		}
+		return problem.Wrap(noEOF(err), problem.LinkLost, "see the other end's log for why", "the other end gave the link up")
 	}
 }
 
@@ -292,16 +280,26 @@ func (st *stream) Close() error {
 func (st *stream) orphaned() {
 	st.reading.Lock()   // the last reader has been woken; later ones see that the stream is closed
 	st.reading.Unlock() //nolint:staticcheck // an empty section on purpose: holding it would make them wait
-	_ = st.y.SetReadDeadline(time.Now().Add(orphanWait))
-	if _, err := st.y.Read(make([]byte, 1)); err != io.EOF { //nolint:errorlint // see mapErr: a reset may wrap one
+	for {
+		before := st.s.Stats()
+		_ = st.y.SetReadDeadline(time.Now().Add(orphanWait))
+		_, err := st.y.Read(make([]byte, 1))
+		if err == io.EOF { //nolint:errorlint // see mapErr: a reset may wrap one
+			return
+		}
+		after := st.s.Stats()
+		if errors.Is(err, yamux.ErrTimeout) && (!after.Down.IsZero() || after.Cuts != before.Cuts) {
+			continue // it could not have been heard, nor may it have heard us
+		}
 		_ = st.y.Reset()
+		return
 	}
 }
 
-// LocalAddr gives the transport's address.
+// LocalAddr gives no more than a name: transports come and go.
 func (st *stream) LocalAddr() net.Addr { return st.y.LocalAddr() }
 
-// RemoteAddr gives the transport's other address.
+// RemoteAddr does the same.
 func (st *stream) RemoteAddr() net.Addr { return st.y.RemoteAddr() }
 
 // SetDeadline sets both deadlines.
@@ -314,7 +312,7 @@ func (st *stream) SetReadDeadline(t time.Time) error { return st.y.SetReadDeadli
 func (st *stream) SetWriteDeadline(t time.Time) error { return st.y.SetWriteDeadline(t) }
 
 // mapErr gives the errors of this package for the multiplexer's. Only io.EOF itself is the end of a stream: the reset
-// of a session whose transport ended wraps one.
+// of a session that ended wraps one.
 func mapErr(err error) error {
 	switch {
 	case err == nil, err == io.EOF: //nolint:errorlint // a wrapped one is not the stream's end
@@ -328,52 +326,4 @@ func mapErr(err error) error {
 	default: // the end of the session
 		return ErrReset
 	}
-}
-
-// budget bounds how far the windows of one session grow.
-type budget struct {
-	mu   sync.Mutex
-	used int // guarded by mu
-}
-
-var errBudget = errors.New("the session's windows have grown as far as they may")
-
-// span is one stream's share, as the multiplexer wants it.
-func (b *budget) span() (yamux.MemoryManager, error) { return &share{b: b}, nil }
-
-type share struct {
-	b    *budget
-	held int // guarded by b.mu
-}
-
-// ReserveMemory gives every stream its first window (priority 255), which MaxStreams bounds, and more while the budget
-// lasts. Refusing the first would end the session.
-func (h *share) ReserveMemory(size int, prio uint8) error {
-	if prio == 255 {
-		return nil
-	}
-	h.b.mu.Lock()
-	defer h.b.mu.Unlock()
-	if h.b.used+size > windowBudget {
-		return errBudget
-	}
-	h.b.used += size
-	h.held += size
-	return nil
-}
-
-// ReleaseMemory gives some of it back.
-func (h *share) ReleaseMemory(size int) {
-	h.b.mu.Lock()
-	defer h.b.mu.Unlock()
-	h.b.used -= size
-	h.held -= size
-}
-
-// Done gives all of it back.
-func (h *share) Done() {
-	h.b.mu.Lock()
-	defer h.b.mu.Unlock()
-	h.b.used -= h.held
-	h.held = 0
 }

@@ -1,10 +1,12 @@
 package link
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -16,36 +18,172 @@ const spliceBuffer = 64 << 10
 
 var buffers = sync.Pool{New: func() any { return new([spliceBuffer]byte) }}
 
-// transport is the connection below a session: a read that hears nothing for Silence fails, and so does a write
-// that moves nothing for writeStall. Deadlines are renewed once a second at most, which costs nothing.
+// sendBuffer is the most that one write to a transport takes: an ACK, a full DATA frame and a CLOSE.
+const sendBuffer = unitHead + ackBody + unitHead + MaxData + unitHead
+
+var sendBuffers = sync.Pool{New: func() any { return new([sendBuffer]byte) }}
+
+// transport is a line's present connection: one goroutine reads it, one writes.
 type transport struct {
-	net.Conn
-	heard, sent time.Time // when the deadlines were last set; one reader, one writer
+	conn net.Conn
+	l    *line
+	wake chan struct{} // the writer has something to look at
+	lost chan struct{} // closed by drop
+	last atomic.Int64  // when anything was heard, in nanoseconds since began
+
+	began time.Time
+
+	// Guarded by the line's lock.
+	ackAt     time.Time // by when what has come is to be acknowledged; zero if it is
+	wrote     time.Time // when the last frame was made
+	closeSent bool
+	dropped   bool
 }
 
-func (t *transport) Read(b []byte) (int, error) {
-	if now := time.Now(); now.Sub(t.heard) > time.Second {
-		t.heard = now
-		if err := t.SetReadDeadline(now.Add(Silence)); err != nil {
+func newTransport(conn net.Conn, l *line) *transport {
+	now := time.Now()
+	return &transport{conn: conn, l: l, wake: make(chan struct{}, 1), lost: make(chan struct{}), began: now, wrote: now}
+}
+
+// poke has the writer look at the line again.
+func (t *transport) poke() {
+	select {
+	case t.wake <- struct{}{}:
+	default:
+	}
+}
+
+// drop ends the transport without ceremony. The line's lock is held.
+func (t *transport) drop() {
+	if !t.dropped {
+		t.dropped = true
+		close(t.lost)
+		hardClose(t.conn)
+	}
+}
+
+// heard is when anything last came.
+func (t *transport) heard() time.Time { return t.began.Add(time.Duration(t.last.Load())) }
+
+// run carries the line until the transport is lost or both ends have closed.
+func (t *transport) run() {
+	var writer sync.WaitGroup
+	writer.Go(func() {
+		if err := t.write(); err != nil {
+			t.l.detach(t, err)
+		}
+	})
+	if err := t.read(); err != nil {
+		t.l.detach(t, err)
+	}
+	writer.Wait()
+	// The last words of both ends have been read and written: now the transport may take its own leave.
+	_ = t.conn.Close()
+	t.l.retire(t)
+}
+
+// read takes frames until the other end's CLOSE (nil) or an error.
+func (t *transport) read() error {
+	r := bufio.NewReaderSize(&watched{t: t}, 4<<10)
+	buf := buffers.Get().(*[spliceBuffer]byte) //nolint:errcheck // the pool holds nothing else
+	defer buffers.Put(buf)
+	var head [unitHead + ackBody]byte
+	for {
+		u, err := readUnit(r, &head)
+		if err != nil {
+			return noEOF(err)
+		}
+		switch u.kind {
+		case frameData:
+			if err := t.l.expect(t, u); err != nil {
+				return err
+			}
+			// Each piece at once: what has arrived of a frame that is cut needs not come again.
+			for left := u.length; left > 0; {
+				n, err := r.Read(buf[:min(left, len(buf))])
+				if n > 0 {
+					left -= n
+					if err := t.l.deliver(t, buf[:n]); err != nil {
+						return err
+					}
+				}
+				if err != nil {
+					return noEOF(err)
+				}
+			}
+		case frameAck:
+			if err := t.l.onAck(t, u); err != nil {
+				return err
+			}
+		case frameClose:
+			return t.l.onClose(t, u)
+		}
+	}
+}
+
+// write sends frames until both ends have closed (nil) or an error.
+func (t *transport) write() error {
+	timer := time.NewTimer(pingEvery)
+	defer timer.Stop()
+	var sent time.Time // when the deadline was last set
+	for {
+		buf := sendBuffers.Get().(*[sendBuffer]byte) //nolint:errcheck // the pool holds nothing else
+		b, until, over, err := t.l.frames(t, buf[:0])
+		if len(b) > 0 {
+			if now := time.Now(); now.Sub(sent) > time.Second {
+				sent = now
+				err = t.conn.SetWriteDeadline(now.Add(writeStall))
+			}
+			if err == nil {
+				_, err = t.conn.Write(b)
+			}
+		}
+		sendBuffers.Put(buf)
+		if err != nil || over {
+			return err
+		}
+		if len(b) > 0 {
+			continue
+		}
+		timer.Reset(time.Until(until))
+		select {
+		case <-t.wake:
+		case <-timer.C:
+		case <-t.lost:
+			return errReplaced
+		}
+	}
+}
+
+// watched is the reading side: a read that hears nothing for Silence fails. The deadline is renewed once a second at most,
+// which costs nothing.
+type watched struct {
+	t   *transport
+	set time.Time
+}
+
+func (w *watched) Read(b []byte) (int, error) {
+	now := time.Now()
+	if now.Sub(w.set) > time.Second {
+		w.set = now
+		if err := w.t.conn.SetReadDeadline(now.Add(Silence)); err != nil {
 			return 0, err
 		}
 	}
-	return t.Conn.Read(b)
-}
-
-func (t *transport) Write(b []byte) (int, error) {
-	if now := time.Now(); now.Sub(t.sent) > time.Second {
-		t.sent = now
-		if err := t.Conn.SetWriteDeadline(now.Add(writeStall)); err != nil {
-			return 0, err
-		}
+	n, err := w.t.conn.Read(b)
+	if n > 0 {
+		w.t.last.Store(int64(time.Since(w.t.began)))
 	}
-	return t.Conn.Write(b)
+	return n, err
 }
 
-// SetWriteDeadline ignores the multiplexer's, which would take a slow path for a dead one: it is as short as its wait
-// for a ping.
-func (t *transport) SetWriteDeadline(time.Time) error { return nil }
+// hardClose ends a connection that is lost anyway, without waiting to tell its other end.
+func hardClose(c net.Conn) {
+	if t, ok := c.(interface{ NetConn() net.Conn }); ok { // crypto/tls
+		c = t.NetConn()
+	}
+	_ = c.Close()
+}
 
 // tune makes the kernel give up a TCP peer that acknowledges nothing, in about the time in which a session would. A
 // splice in the middle of writing does not otherwise notice a dead peer for a quarter of an hour.
