@@ -12,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	human "github.com/dustin/go-humanize" //nolint:misspell // its own name
 	"golang.org/x/sync/errgroup"
 
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
@@ -189,7 +190,7 @@ func claimAddress(ctx context.Context) (string, net.Listener, error) {
 // hub runs the superlink and the server app.
 func (r *runner) hub(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
-	acceptor := link.NewAcceptor(link.Options{Log: r.log, Allow: func(p link.Peer) error {
+	acceptor := link.NewAcceptor(link.Options{Log: r.log, Tolerance: r.tolerance(), OnOutage: r.outage, Allow: func(p link.Peer) error {
 		if p.Job != string(r.spec.Job) {
 			return problem.New(problem.Denied, "", "a link of job %s was sent to job %s", p.Job, r.spec.Job)
 		}
@@ -310,6 +311,20 @@ func IsRunOver(e job.Event) bool {
 	return e.Kind == job.KindNote && e.Party == job.HubParty && e.Decode(&t) == nil && t.Message == runOver
 }
 
+// tolerance is for how long a link may be cut; a job without a limit has a negative one, as has the link.
+func (r *runner) tolerance() time.Duration {
+	return time.Duration(r.spec.Spec.OutageTolerance.Or(job.DefaultOutageTolerance))
+}
+
+// outage notes that a site's link was cut and has resumed. The hub's side does that for both.
+func (r *runner) outage(o link.Outage) {
+	down := o.Resumed.Sub(o.Cut)
+	if down = down.Round(100 * time.Millisecond); down >= 10*time.Second {
+		down = down.Round(time.Second)
+	}
+	r.note(job.KindWarning, job.Text{Message: fmt.Sprintf("the link of %s was down for %v; resumed, %s re-sent", o.Peer.Site, down, human.IBytes(uint64(o.Resent)))})
+}
+
 // links serves each site's session until ctx is done.
 func (r *runner) links(ctx context.Context, a *link.Acceptor, dial func(context.Context, string) (net.Conn, error)) error {
 	var wg sync.WaitGroup
@@ -396,7 +411,7 @@ func (r *runner) dial(ctx context.Context) (*link.Session, error) {
 		d := tlsDialer(conf)
 		return d.DialContext(ctx, "tcp", r.spec.Hub)
 	}
-	s, err := link.Dial(ctx, transport, link.Options{Log: r.log, Retry: r.spec.Spec.StartTimeout.Or(job.DefaultStartTimeout).Std()})
+	s, err := link.Dial(ctx, transport, link.Options{Log: r.log, Retry: r.spec.Spec.StartTimeout.Or(job.DefaultStartTimeout).Std(), Tolerance: r.tolerance()})
 	if err != nil {
 		if c := context.Cause(ctx); errors.Is(c, errStop) || errors.Is(c, errKill) {
 			return nil, c
