@@ -937,3 +937,21 @@ func FuzzParseStat(f *testing.F) {
 		}
 	})
 }
+
+// Programs that start while others end are let be: between its fork and its exec a child holds the others' pipes open.
+func TestStartsWhileOthersEnd(t *testing.T) {
+	t.Parallel()
+	var wg sync.WaitGroup
+	for range 6 {
+		wg.Go(func() {
+			for range 60 {
+				out, err := Run(t.Context(), Spec{Name: "true", Args: []string{"/bin/true"}})
+				if err != nil || !out.Exit.OK() {
+					t.Errorf("it ended with %s, %v", out.Exit, err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}

@@ -302,6 +302,8 @@ func exitOf(state *os.ProcessState, err error) Exit {
 // remains gives what there is of the program apart from its dead leader: its group, its tree,
 // whoever carries its token or holds its output open, and what these have started.
 func (p *Process) remains() ([]stat, error) {
+	forking.RLock()
+	defer forking.RUnlock()
 	all, err := processes()
 	if err != nil {
 		return nil, err
