@@ -114,12 +114,13 @@ func TestSessionEndsAfterItsTolerance(t *testing.T) {
 func TestPausesBetweenAttempts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var at []time.Time
+		preface := int64(7 + len(anna.Job) + len(anna.Site))
 		n := &chaos.Network{Next: func(i int) chaos.Script {
 			at = append(at, time.Now())
 			s := chaos.Script{}
 			if i >= 1 && i < 21 { // WELCOME arrives, and nothing more
 				s.Down = chaos.Way{After: 50, Then: chaos.Cut}
-				s.Up = chaos.Way{After: 18 + 10 + helloBody, Then: chaos.Cut}
+				s.Up = chaos.Way{After: preface + 10 + helloBody, Then: chaos.Cut}
 			}
 			return s
 		}}
@@ -337,7 +338,7 @@ func TestCloseAndOutagesTogether(t *testing.T) {
 	})
 }
 
-// pairOfLines gives two lines that are joined by conns made by hand, without streams.
+// lineTo gives a line without streams, and the other end of its connection.
 func lineTo(t *testing.T, buffer int) (*line, net.Conn) {
 	t.Helper()
 	l := newLine(sessionID{1}, [keySize]byte{}, anna, Options{Buffer: buffer})
@@ -415,6 +416,36 @@ func TestViolations(t *testing.T) {
 		}
 		if !errors.Is(l.failure(), errViolation) {
 			t.Errorf("after %d violations: %v", maxViolations, l.failure())
+		}
+	})
+}
+
+// What an old connection had read before it was replaced is not delivered: the new one brings it again.
+func TestReplacedConnectionsDeliverNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, _ := lineTo(t, 0)
+		old := l.tr
+		if err := l.deliver(old, []byte("abc")); err != nil {
+			t.Fatal(err)
+		}
+		at, err := l.takeOver(greeting{attempt: 2, at: position{sent: 3, limit: 1 << 30}})
+		if err != nil || at.received != 3 {
+			t.Fatalf("taken over at %+v, %v", at, err)
+		}
+		for what, err := range map[string]error{
+			"a piece":  l.deliver(old, []byte("def")),
+			"DATA":     l.expect(old, unit{kind: frameData, length: 1, number: 3}),
+			"an ACK":   l.onAck(old, ackUnit(0, 1<<30)),
+			"a CLOSE":  l.onClose(old, unit{kind: frameClose, number: 3}),
+			"a frame":  func() error { _, _, _, err := l.frames(old, nil); return err }(),
+			"its loss": func() error { l.detach(old, io.EOF); return errReplaced }(),
+		} {
+			if !errors.Is(err, errReplaced) {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+		if s := l.snapshot(); s.Received != 3 || s.Cuts != 1 {
+			t.Errorf("counted %+v", s)
 		}
 	})
 }
