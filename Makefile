@@ -91,7 +91,8 @@ fuzz: ## Run every fuzz target for FUZZTIME
 	tools/fuzz.sh $(FUZZTIME) $(filter-out ./...,$(PKG))
 
 .PHONY: soak
-soak: ## Run every fuzz target for SOAKTIME
+soak: ## Run every fuzz target, and faults of the link by random seeds, for SOAKTIME each
+	$(GO) test ./test/chaos -run TestSoak -timeout 0 -soak $(SOAKTIME)
 	tools/fuzz.sh $(SOAKTIME) $(filter-out ./...,$(PKG))
 
 .PHONY: bench

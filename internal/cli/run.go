@@ -107,10 +107,13 @@ func checkListen(addr string) error {
 	return nil
 }
 
-// checkOut refuses a directory that has something in it, before time is spent on the run.
-func checkOut(dir string) error {
+// checkOut refuses a directory that has something in it, or lies in the app's, before time is spent on the run.
+func checkOut(dir, app string) error {
 	if dir == "" {
 		return nil
+	}
+	if in, err := inside(dir, app); err == nil && in {
+		return problem.New(problem.Usage, "choose one outside of it", "--out %s lies in the app's directory, which is never written to", dir)
 	}
 	const next = "choose a new or an empty one with --out"
 	switch es, err := os.ReadDir(dir); {
@@ -124,6 +127,20 @@ func checkOut(dir string) error {
 		return problem.New(problem.Usage, next, "%s is not empty", dir)
 	}
 	return nil
+}
+
+// inside tells whether dir, which need not exist, is app or lies below it.
+func inside(dir, app string) (bool, error) {
+	d, err := filepath.Abs(dir)
+	if err != nil {
+		return false, err
+	}
+	a, err := filepath.Abs(app)
+	if err != nil {
+		return false, err
+	}
+	rel, err := filepath.Rel(a, d)
+	return err == nil && filepath.IsLocal(rel), err
 }
 
 // options checks the flags.
@@ -147,7 +164,7 @@ func (f *runFlags) options(app string) (localrun.Options, error) {
 	if err := checkListen(f.listen); err != nil {
 		return o, err
 	}
-	if err := checkOut(f.out); err != nil {
+	if err := checkOut(f.out, app); err != nil {
 		return o, err
 	}
 	if f.quiet && f.verbose {

@@ -31,10 +31,6 @@ import (
 // fleet is the name under which a site's relay asks for the superlink's Fleet API.
 const fleet = "fleet"
 
-// claimPort is held by a runner on its own loopback address for as long as it lives. It is below the kernel's ephemeral
-// range (32768 by default), as are the ports that the engine takes on that address.
-const claimPort = 19999
-
 // prepared is what both sides of a job need before their programs start.
 type prepared struct {
 	app   *flower.App
@@ -165,9 +161,9 @@ func (r *runner) environmentLog() (write func(string), end func()) {
 	return write, end
 }
 
-// claimAddress takes a loopback address for this party alone: whoever holds the claim port of an address owns all other
-// ports there, so no two parties or jobs can be given the same one, and nothing is chosen first and bound later.
-// The kernel ends the claim with the process.
+// claimAddress takes a loopback address for this party alone: whoever holds the abstract unix socket of its name owns all
+// ports there, so no two parties or jobs can be given the same one, and nothing is chosen first and bound later. Abstract
+// names live as long as their process, and belong to a network namespace as loopback addresses do (unix(7)).
 func claimAddress(ctx context.Context) (string, net.Listener, error) {
 	var lc net.ListenConfig
 	var last error
@@ -178,7 +174,7 @@ func claimAddress(ctx context.Context) (string, net.Listener, error) {
 		}
 		// 127.64.0.0/10: away from 127.0.0.x, which other programs use. Not .0 or .255.
 		ip := fmt.Sprintf("127.%d.%d.%d", 64+b[0]%64, b[1], 1+b[2]%254)
-		ln, err := lc.Listen(ctx, "tcp4", fmt.Sprintf("%s:%d", ip, claimPort))
+		ln, err := lc.Listen(ctx, "unix", "@pergola/"+ip)
 		if err == nil {
 			return ip, ln, nil
 		}

@@ -66,7 +66,7 @@ type runner struct {
 func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	spec, err := readSpec(dir)
 	if err != nil {
-		return err
+		return problem.Wrap(err, problem.Usage, "hubs and agents start runners; see `pergola run --help`", "this is no party's directory")
 	}
 	leash, err := leash()
 	if err != nil {

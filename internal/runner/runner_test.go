@@ -407,14 +407,14 @@ func TestClaimedAddressesAreTheirOwn(t *testing.T) {
 			t.Errorf("%s is not one of those to be had", ip)
 		}
 		var lc net.ListenConfig
-		if l, err := lc.Listen(t.Context(), "tcp", ln.Addr().String()); !errors.Is(err, syscall.EADDRINUSE) {
+		if l, err := lc.Listen(t.Context(), "unix", ln.Addr().String()); !errors.Is(err, syscall.EADDRINUSE) {
 			if err == nil {
 				l.Close()
 			}
 			t.Errorf("%s could be claimed twice: %v", ip, err)
 		}
 		ln.Close()
-		l, err := lc.Listen(t.Context(), "tcp", ln.Addr().String())
+		l, err := lc.Listen(t.Context(), "unix", ln.Addr().String())
 		if err != nil {
 			t.Errorf("%s is not free again: %v", ip, err)
 			continue
