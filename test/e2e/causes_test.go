@@ -516,7 +516,7 @@ func TestEndedWhileBuilding(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			s := spec{app: "tiny", args: []string{"--flwr", oldFlwr}, env: []string{"XDG_CACHE_HOME=" + t.TempDir()}}
+			s := spec{app: "tiny", args: []string{"--flwr", oldFlwr}, env: []string{"PERGOLA_CACHE=" + t.TempDir()}}
 			if uv != nil {
 				s.env = append(s.env, "UV_CACHE_DIR="+strings.TrimSpace(string(uv)))
 			}
