@@ -44,6 +44,7 @@ var layer = map[string]int{
 	"sandbox":                         1,
 
 	"bundle":  2,
+	"fleet":   2,
 	"flower":  2,
 	"launch":  2,
 	"native":  2,

@@ -35,6 +35,7 @@ type runFlags struct {
 	sites                             int
 	minSites                          int
 	out, engine, flwr, python, listen string
+	dials                             map[string]string
 	runConfig, siteEnv                []string
 	deadline, noProgress, start       string
 	json, quiet, verbose, relock      bool
@@ -73,6 +74,8 @@ Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 
 	fl.StringVar(&f.start, "start-timeout", "", "longest wait for all parties to be ready, builds not counted (default 10m)")
 	fl.StringVar(&f.out, "out", "", "new or empty directory for logs and results (default ./pergola-runs/<app>-<time>)")
 	fl.StringVar(&f.listen, "listen", "", "address of the hub's one port (default any free port of 127.0.0.1)")
+	fl.StringToStringVar(&f.dials, "site-dials", nil, "address at which a site reaches the hub, if there is a forwarder between: site-1=host:port (repeatable)")
+	must(fl.MarkHidden("site-dials"))
 	fl.BoolVar(&f.relock, "relock", false, "resolve the app's dependencies again instead of using the lock of the last 24 h")
 	fl.BoolVar(&f.json, "json", false, "one JSON object per event on stdout, the last one the summary")
 	fl.BoolVarP(&f.quiet, "quiet", "q", false, "show no log lines of the programs")
@@ -145,7 +148,7 @@ func inside(dir, app string) (bool, error) {
 
 // options checks the flags.
 func (f *runFlags) options(app string) (localrun.Options, error) {
-	o := localrun.Options{App: app, Out: f.out, Sites: f.sites, Listen: f.listen, Relock: f.relock, Level: slog.LevelInfo}
+	o := localrun.Options{App: app, Out: f.out, Sites: f.sites, Listen: f.listen, Dials: f.dials, Relock: f.relock, Level: slog.LevelInfo}
 	if f.verbose {
 		o.Level = slog.LevelDebug
 	}

@@ -348,10 +348,12 @@ func (c *control) look(ctx context.Context, j job.Job, p job.Party, due *deadlin
 	if since.IsZero() {
 		since = j.Started // not seen since the hub itself started
 	}
-	if !due.passed(since, c.hub.conf.SiteGrace.Std()) {
+	// An agent that cannot be reached is no harm by itself: its runner and the link may be well, or come back.
+	grace := c.hub.conf.SiteGrace.Or(j.Spec.OutageTolerance.Or(job.DefaultOutageTolerance))
+	if !due.passed(since, grace.Std()) {
 		return nil, nil
 	}
-	cause := problem.New(problem.SiteLost, "check the agent at that site, and its network", "the agent of %s went away and did not come back within %s", p.Name, c.hub.conf.SiteGrace)
+	cause := problem.New(problem.SiteLost, "check the agent at that site, and its network", "the agent of %s went away and did not come back within %s", p.Name, grace)
 	cause.Party = p.Name
 	return cause, c.hub.db.MoveParty(ctx, j.ID, p.Name, job.PartyFailed, cause, "", due.now)
 }

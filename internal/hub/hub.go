@@ -43,12 +43,9 @@ type Config struct {
 	Python    string       `toml:"python"`     // interpreter for the hub's side of jobs; "" = the best of PATH
 	Existing  bool         `toml:"existing"`   // use Python as it is, build no environments
 	Cache     string       `toml:"cache"`      // environments; "" = the user's cache folder
-	SiteGrace job.Duration `toml:"site-grace"` // how long a site's agent may be away in a job; default 45s
+	SiteGrace job.Duration `toml:"site-grace"` // how long a site's agent may be away in a job; default the job's outage-tolerance
 	Mark      string       `toml:"mark"`       // begins the marks of this hub's programs; default "hub"
 }
-
-// defaultSiteGrace leaves 15 s of the minute within which a job ends after the event that ends it.
-const defaultSiteGrace = job.Duration(45 * time.Second)
 
 // ballastBytes are set aside so that the ends of jobs can be stored on a disk that is full.
 const ballastBytes = 1 << 20
@@ -126,9 +123,6 @@ const DatabaseFile = "pergola.db"
 func (c *Config) check() error {
 	if c.Listen == "" {
 		c.Listen = ":443"
-	}
-	if c.SiteGrace == 0 {
-		c.SiteGrace = defaultSiteGrace
 	}
 	if c.Cache == "" {
 		c.Cache = pyenv.DefaultCache()

@@ -30,6 +30,10 @@ type Options struct {
 	Sites  int    // how many
 	Listen string // the hub's port; "" = any free one of 127.0.0.1
 
+	// Dials has, for some sites, another address of the hub ("host:port") than the one it listens at: that of a forwarder,
+	// a tunnel, or a faulty network in a test. Such sites may be away for as long as the job tolerates outages.
+	Dials map[string]string
+
 	Spec   job.Spec // what flags say; they win over the app's [tool.pergola]
 	Python string   // an interpreter to use as it is; "" = build an environment
 	Relock bool     // resolve the dependencies again although a lock is at hand

@@ -95,8 +95,14 @@ func (r *run) keypair(auth *pki.Authority, dir, name string, id pki.Identity, ho
 	return pki.SaveKeypair(dir, name, pair)
 }
 
-// siteGrace is short: nobody restarts an agent of a local run.
-const siteGrace = job.Duration(5 * time.Second)
+// siteGrace is how long an agent may be away. It is short, since nobody restarts an agent of a local run; but what lies
+// between a site and the hub if there is a network between them is an outage.
+func (r *run) siteGrace() job.Duration {
+	if len(r.opt.Dials) > 0 {
+		return 0 // the job's outage-tolerance
+	}
+	return job.Duration(5 * time.Second)
+}
 
 func (r *run) startHub(ctx context.Context, auth *pki.Authority, env []string) (*proc.Process, string, error) {
 	dir := filepath.Join(r.state, "hub")
@@ -112,7 +118,7 @@ func (r *run) startHub(ctx context.Context, auth *pki.Authority, env []string) (
 	}
 	mark := fmt.Sprintf("run-%d-%d", os.Getpid(), r.began.UnixNano())
 	if err := config.Write(filepath.Join(dir, hub.ConfigFile), hub.Config{
-		Listen: listen, Sites: r.names, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, SiteGrace: siteGrace, Mark: mark,
+		Listen: listen, Sites: r.names, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, SiteGrace: r.siteGrace(), Mark: mark,
 	}); err != nil {
 		return nil, "", diskProblem(err, r.out)
 	}
@@ -178,8 +184,12 @@ func (r *run) startSites(auth *pki.Authority, addr string, env []string) ([]*pro
 			return out, diskProblem(err, r.out)
 		}
 		mark := fmt.Sprintf("run-%d-%d", os.Getpid(), r.began.UnixNano())
+		dial := addr
+		if other, ok := r.opt.Dials[n]; ok {
+			dial = other
+		}
 		if err := config.Write(filepath.Join(dir, site.ConfigFile), site.Config{
-			Name: n, Hub: addr, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, Mark: mark,
+			Name: n, Hub: dial, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, Mark: mark,
 		}); err != nil {
 			return out, diskProblem(err, r.out)
 		}

@@ -123,6 +123,26 @@ func Serve(ctx context.Context, accept func(context.Context) (Stream, error), di
 	}
 }
 
+// Signal opens a stream that names target and carries nothing, and waits until the far end has ended it: its dial has
+// returned then. The error is that of ctx or of the session.
+func Signal(ctx context.Context, target string, open func(context.Context) (Stream, error)) error {
+	head, err := appendHeader(nil, target)
+	if err != nil {
+		return err
+	}
+	s, err := open(ctx)
+	if err != nil {
+		return fmt.Errorf("open a stream: %w", err)
+	}
+	defer s.Close()
+	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
+	if _, err := s.Write(head); err != nil {
+		return fmt.Errorf("name a stream's target: %w", err)
+	}
+	_, _ = s.Read(make([]byte, 1)) // its end, which a reset is
+	return ctx.Err()
+}
+
 // acceptHeader reads the header, at most headerWait long.
 func acceptHeader(ctx context.Context, s Stream) (string, error) {
 	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()

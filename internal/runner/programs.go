@@ -17,6 +17,7 @@ import (
 
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/bundle"
+	"github.com/pergolafl/pergola/internal/fleet"
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/link"
@@ -28,8 +29,11 @@ import (
 	"github.com/pergolafl/pergola/internal/sock"
 )
 
-// fleet is the name under which a site's relay asks for the superlink's Fleet API.
-const fleet = "fleet"
+// What a site's runner asks the hub's for, by name.
+const (
+	fleetAPI  = "fleet"      // a connection to the superlink's Fleet API
+	fleetGone = "fleet-gone" // nothing: the supernode has died, and its node is to be taken for dead
+)
 
 // prepared is what both sides of a job need before their programs start.
 type prepared struct {
@@ -196,25 +200,18 @@ func (r *runner) hub(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// The sites' links are taken from the first moment on; their streams wait until the superlink is ready.
-	ready := make(chan struct{})
+	// The sites' links are taken from the first moment on; their calls wait until the superlink is ready.
+	gate := fleet.New(fleet.Options{Tolerance: r.tolerance(), Log: r.log, Warn: func(_, text string) {
+		r.note(job.KindWarning, job.Text{Message: text})
+	}})
 	var srv *flower.Server
 	// They last as long as the superlink does, also when the work is cut short, so that the supernodes can take their leave.
 	linked, unlink := context.WithCancel(context.WithoutCancel(ctx))
 	g.Go(func() error { return ignoreDone(linked, acceptor.Serve(linked, ln)) })
+	g.Go(gate.Serve)
 	g.Go(func() error {
-		return ignoreDone(linked, r.links(linked, acceptor, func(ctx context.Context, target string) (net.Conn, error) {
-			if target != fleet {
-				return nil, fmt.Errorf("no target is called %q", target)
-			}
-			select {
-			case <-ready:
-			case <-ctx.Done():
-				return nil, context.Cause(ctx)
-			}
-			var d net.Dialer
-			return d.DialContext(ctx, "tcp", srv.FleetAddr())
-		}))
+		defer gate.Close()
+		return ignoreDone(linked, r.links(linked, acceptor, gate))
 	})
 	g.Go(func() (err error) {
 		defer unlink()
@@ -235,7 +232,7 @@ func (r *runner) hub(ctx context.Context) error {
 			return err
 		}
 		defer func() { srv.Stop(r.grace(ctx)) }()
-		close(ready)
+		gate.Open(srv.FleetAddr())
 		r.move(job.PartyReady, nil)
 		return r.serve(gctx, srv)
 	})
@@ -322,7 +319,7 @@ func (r *runner) outage(o link.Outage) {
 }
 
 // links serves each site's session until ctx is done.
-func (r *runner) links(ctx context.Context, a *link.Acceptor, dial func(context.Context, string) (net.Conn, error)) error {
+func (r *runner) links(ctx context.Context, a *link.Acceptor, gate *fleet.Gate) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	for {
@@ -333,10 +330,41 @@ func (r *runner) links(ctx context.Context, a *link.Acceptor, dial func(context.
 		r.log.Info("a site's link is up", "site", s.Peer().Site)
 		wg.Go(func() {
 			defer s.Close()
-			if err := relay.Serve(ctx, s.Accept, dial); err != nil && ctx.Err() == nil {
-				r.log.Info("a site's link has ended", "site", s.Peer().Site, "err", err)
+			site := s.Peer().Site
+			err := relay.Serve(ctx, s.Accept, func(ctx context.Context, target string) (net.Conn, error) {
+				switch target {
+				case fleetAPI:
+					return gate.Dial(site)
+				case fleetGone:
+					r.expire(ctx, gate, site)
+					return nil, errGone
+				}
+				return nil, fmt.Errorf("no target is called %q", target)
+			})
+			if err != nil && ctx.Err() == nil {
+				r.log.Info("a site's link has ended", "site", site, "err", err)
+				r.expire(ctx, gate, site)
 			}
 		})
+	}
+}
+
+// errGone ends the stream on which a site says that its supernode is dead.
+var errGone = errors.New("noted")
+
+// expire has a site's node taken for dead. Where that fails, the superlink finds out by itself, later.
+func (r *runner) expire(ctx context.Context, gate *fleet.Gate, site string) {
+	if err := gate.Expire(ctx, site); err != nil && ctx.Err() == nil {
+		r.log.Warn("a dead supernode's node stays known for a while", "site", site, "err", err)
+	}
+}
+
+// buried tells the hub's runner that the supernode of this site is dead, so that nobody waits for its node.
+func (r *runner) buried(ctx context.Context, sess *link.Session) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	if err := relay.Signal(ctx, fleetGone, sess.Open); err != nil {
+		r.log.Warn("the hub could not be told of the supernode's death", "err", err)
 	}
 }
 
@@ -360,7 +388,7 @@ func (r *runner) site(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	// The relay goes last, so that the supernode can take its leave of the superlink.
 	relaying, stopRelay := context.WithCancel(context.WithoutCancel(ctx))
-	g.Go(func() error { return ignoreDone(relaying, relay.Listen(relaying, ln, fleet, sess.Open)) })
+	g.Go(func() error { return ignoreDone(relaying, relay.Listen(relaying, ln, fleetAPI, sess.Open)) })
 	g.Go(func() error {
 		defer stopRelay()
 		c, err := flower.StartClient(gctx, flower.ClientConfig{
@@ -375,6 +403,7 @@ func (r *runner) site(ctx context.Context) error {
 		r.move(job.PartyReady, nil)
 		select {
 		case <-c.Done():
+			r.buried(relaying, sess)
 			if err := c.Err(); err != nil {
 				return err
 			}

@@ -1,0 +1,212 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"testing"
+)
+
+// network forwards connections to an address, until it is told to fail.
+type network struct {
+	ln net.Listener
+	to string
+
+	mu    sync.Mutex // guards the rest
+	state netState
+	conns map[net.Conn]struct{}
+	wg    sync.WaitGroup
+	count int
+}
+
+type netState int
+
+const (
+	up   netState = iota
+	cut           // connections break, and there are no new ones
+	hole          // nobody is told: bytes vanish
+)
+
+// forward starts a network between whoever dials its address and the given one. It ends with the test.
+func forward(t *testing.T, to string) *network {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &network{ln: ln, to: to, conns: map[net.Conn]struct{}{}}
+	n.wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			n.wg.Go(func() { n.carry(c) })
+		}
+	})
+	t.Cleanup(func() {
+		ln.Close()
+		n.set(cut)
+		n.wg.Wait()
+	})
+	return n
+}
+
+func (n *network) addr() string { return n.ln.Addr().String() }
+
+func (n *network) set(s netState) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if s == n.state {
+		return
+	}
+	n.state = s
+	if s == cut || s == up { // what was in a hole is lost when the network comes back
+		for c := range n.conns {
+			reset(c)
+		}
+	}
+}
+
+// accepted is how many connections were carried so far.
+func (n *network) accepted() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.count
+}
+
+func reset(c net.Conn) {
+	if t, ok := c.(*net.TCPConn); ok {
+		_ = t.SetLinger(0)
+	}
+	_ = c.Close()
+}
+
+// add takes note of a connection, unless there is no network.
+func (n *network) add(c net.Conn) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.state == cut {
+		return false
+	}
+	n.conns[c] = struct{}{}
+	n.count++
+	return true
+}
+
+func (n *network) passes() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.state == up
+}
+
+func (n *network) carry(c net.Conn) {
+	defer reset(c)
+	if !n.add(c) {
+		return
+	}
+	defer func() {
+		n.mu.Lock()
+		delete(n.conns, c)
+		n.mu.Unlock()
+	}()
+	far, err := net.Dial("tcp", n.to)
+	if err != nil || !n.add(far) {
+		return
+	}
+	defer func() {
+		reset(far)
+		n.mu.Lock()
+		delete(n.conns, far)
+		n.mu.Unlock()
+	}()
+	done := make(chan struct{}, 2)
+	for _, way := range [][2]net.Conn{{c, far}, {far, c}} {
+		n.wg.Go(func() {
+			n.copy(way[1], way[0])
+			done <- struct{}{}
+		})
+	}
+	<-done // one way's end ends both: TLS needs no half-closed connections
+}
+
+func (n *network) copy(dst, src net.Conn) {
+	buf := make([]byte, 64<<10)
+	for {
+		k, err := src.Read(buf)
+		if k > 0 && n.passes() {
+			if _, werr := dst.Write(buf[:k]); werr != nil {
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// freeAddress gives an address of this machine at which nobody listens now.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().String()
+}
+
+// TestForward shows that the faulty network is one: otherwise the tests that use it show nothing.
+func TestForward(t *testing.T) {
+	t.Parallel()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	go func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			go func() { _, _ = io.Copy(c, c) }()
+		}
+	}()
+	n := forward(t, ln.Addr().String())
+	echo := func(c net.Conn) error {
+		if _, err := c.Write([]byte("ping")); err != nil {
+			return err
+		}
+		_, err := io.ReadFull(c, make([]byte, 4))
+		return err
+	}
+	c, err := net.Dial("tcp", n.addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := echo(c); err != nil {
+		t.Fatal(err)
+	}
+	n.set(cut)
+	if _, err := c.Read(make([]byte, 1)); err == nil || errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("a cut connection reads: %v", err)
+	}
+	if c, err := net.Dial("tcp", n.addr()); err == nil {
+		if err := echo(c); err == nil {
+			t.Error("there is a network after the cut")
+		}
+		c.Close()
+	}
+	n.set(up)
+	c, err = net.Dial("tcp", n.addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := echo(c); err != nil {
+		t.Error(fmt.Errorf("after the cut: %w", err))
+	}
+}
