@@ -131,3 +131,13 @@ func TestRoundsTable(t *testing.T) {
 		t.Errorf("no rounds give %q, %v", b.String(), err)
 	}
 }
+
+// The flags that docs/settings.md names are there.
+func TestFlagsOfSettings(t *testing.T) {
+	c := newRun(env{})
+	for _, s := range job.Settings {
+		if s.Flag != "" && c.Flags().Lookup(strings.TrimPrefix(s.Flag, "--")) == nil {
+			t.Errorf("%s should have the flag %s, which does not exist", s.Key, s.Flag)
+		}
+	}
+}

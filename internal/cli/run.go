@@ -37,7 +37,9 @@ type runFlags struct {
 	out, engine, flwr, python, listen string
 	dials                             map[string]string
 	runConfig, siteEnv                []string
-	deadline, noProgress, start       string
+	deadline, noProgress, start, join string
+	mandatory                         []string
+	strict, strictSet                 bool
 	json, quiet, verbose, relock      bool
 }
 
@@ -55,7 +57,10 @@ Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 
   pergola run ./app --sites 3 --run-config num-server-rounds=5 --run-config lr=0.1
   pergola run ./app --flwr 1.30.0 --deadline 30m --json`,
 		Args: exactArgs(1, "the app's directory"),
-		RunE: func(cmd *cobra.Command, args []string) error { return f.run(cmd.Context(), e, args[0]) },
+		RunE: func(cmd *cobra.Command, args []string) error {
+			f.strictSet = cmd.Flags().Changed("strict-clients")
+			return f.run(cmd.Context(), e, args[0])
+		},
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 			return nil, cobra.ShellCompDirectiveFilterDirs
 		},
@@ -64,6 +69,9 @@ Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 
 	fl.SortFlags = false
 	fl.IntVar(&f.sites, "sites", 2, "how many sites")
 	fl.IntVar(&f.minSites, "min-sites", 0, "go on with this many when others fail (default: all)")
+	fl.StringArrayVar(&f.mandatory, "mandatory-site", nil, "a site without which the job neither starts nor goes on (repeatable)")
+	fl.BoolVar(&f.strict, "strict-clients", false, "a site that fails ends the job, whatever --min-sites says")
+	fl.StringVar(&f.join, "join-wait", "", "how long to wait for the other sites once --min-sites are there (default 1m)")
 	fl.StringArrayVar(&f.runConfig, "run-config", nil, "override a value of [tool.flwr.app.config]: key=value (repeatable)")
 	fl.StringVar(&f.flwr, "flwr", "", "run with this version of flwr instead of the one that the app asks for")
 	fl.StringVar(&f.engine, "engine", "", "how the app runs: auto or flower (default auto)")
@@ -184,11 +192,14 @@ func (f *runFlags) options(app string) (localrun.Options, error) {
 		}
 		o.Python = abs
 	}
-	o.Spec = job.Spec{Engine: f.engine, MinSites: f.minSites, Flwr: f.flwr, RunConfig: f.runConfig}
+	o.Spec = job.Spec{Engine: f.engine, MinSites: f.minSites, MandatorySites: f.mandatory, Flwr: f.flwr, RunConfig: f.runConfig}
+	if f.strictSet {
+		o.StrictClients = &f.strict
+	}
 	for _, d := range []struct {
 		flag, text string
 		to         *job.Duration
-	}{{"deadline", f.deadline, &o.Spec.Deadline}, {"no-progress", f.noProgress, &o.Spec.NoProgress}, {"start-timeout", f.start, &o.Spec.StartTimeout}} {
+	}{{"deadline", f.deadline, &o.Spec.Deadline}, {"no-progress", f.noProgress, &o.Spec.NoProgress}, {"start-timeout", f.start, &o.Spec.StartTimeout}, {"join-wait", f.join, &o.Spec.JoinWait}} {
 		if d.text == "" {
 			continue
 		}

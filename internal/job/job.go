@@ -8,6 +8,7 @@ package job
 
 import (
 	"crypto/rand"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -126,10 +127,10 @@ func nameFault(what, name string) (msg, next string) {
 		return strconv.Quote(name) + " cannot be the name of " + article + what, nameRule
 	}
 	if what == "site" {
-		switch name {
-		case HubParty:
+		switch {
+		case name == HubParty:
 			return `no site can be called "hub": that is the hub's own side of a job`, "choose another name"
-		case "env", "node-config":
+		case slices.Contains(siteKeys, name):
 			return `no site can be called ` + strconv.Quote(name) + `: [tool.pergola.site] has a key of that name`, "choose another name"
 		}
 	}

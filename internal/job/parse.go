@@ -123,8 +123,8 @@ func (p *specReader) table(at []string, table map[string]any, dst reflect.Value)
 func (p *specReader) site(key []string, table map[string]any, all *Site) {
 	name := key[len(key)-1]
 	// `ndoe-config = {…}` is a slip in a key, not a site: no table of a site looks like that.
-	if near := problem.Nearest(name, []string{"env", "node-config"}); near != "" && !hasSiteKeys(table) {
-		p.fault(key, fmt.Sprintf("there is no such key; did you mean %q?", near), "the keys here are env, node-config and the names of sites")
+	if near := problem.Nearest(name, siteKeys); near != "" && !hasSiteKeys(table) {
+		p.fault(key, fmt.Sprintf("there is no such key; did you mean %q?", near), "the keys here are "+strings.Join(siteKeys, ", ")+" and the names of sites")
 		return
 	}
 	var one Site
@@ -135,10 +135,26 @@ func (p *specReader) site(key []string, table map[string]any, all *Site) {
 	all.Named[name] = one
 }
 
+// siteKeys are the keys of [tool.pergola.site], which no site can be called.
+var siteKeys = tomlKeys(reflect.TypeFor[Site]())
+
+func tomlKeys(t reflect.Type) []string {
+	var out []string
+	for i := range t.NumField() {
+		if name := t.Field(i).Tag.Get("toml"); name != "-" {
+			out = append(out, name)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
 func hasSiteKeys(table map[string]any) bool {
 	_, env := table["env"].(map[string]any)
 	_, cfg := table["node-config"].(map[string]any)
-	return env || cfg || len(table) == 0
+	_, restarts := table["restarts"]
+	_, app := table["app-path"].(string)
+	return env || cfg || restarts || app || len(table) == 0
 }
 
 func (p *specReader) value(key []string, v any, dst reflect.Value) {
@@ -174,6 +190,12 @@ func (p *specReader) value(key []string, v any, dst reflect.Value) {
 			p.fault(key, "the number is out of range", "write a smaller one")
 		} else {
 			dst.SetInt(i)
+		}
+	case bool:
+		if b, ok := v.(bool); ok {
+			dst.SetBool(b)
+		} else {
+			wrong("true or false", "write it without quotes")
 		}
 	case []string:
 		list, ok := v.([]any)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"io/fs"
 	"maps"
 	"math"
 	"path"
@@ -21,6 +22,8 @@ const (
 	DefaultNoProgress      = Duration(time.Hour) // the reference system's progress_timeout, 3600 s
 	DefaultStartTimeout    = Duration(10 * time.Minute)
 	DefaultReadyTimeout    = Duration(time.Minute) // Flower's superlink takes up to 18 s to listen on a busy machine
+	DefaultJoinWait        = Duration(time.Minute)
+	DefaultStopGrace       = Duration(2 * time.Second) // the reference system's superlink_grace_period
 )
 
 // Engines are the ways to run an app.
@@ -33,10 +36,14 @@ type Spec struct {
 	Sites    []string `json:"sites,omitempty" toml:"sites"`         // none = all that may
 	MinSites int      `json:"min-sites,omitempty" toml:"min-sites"` // 0 = all wanted ones
 
+	MandatorySites []string `json:"mandatory-sites,omitempty" toml:"mandatory-sites"` // those without which it neither starts nor goes on
+	StrictClients  bool     `json:"strict-clients,omitempty" toml:"strict-clients"`   // any site that fails ends the job, whatever min-sites says
+
 	Deadline        Duration `json:"deadline,omitzero" toml:"deadline"`                 // from the start of preparing to the end
 	OutageTolerance Duration `json:"outage-tolerance,omitzero" toml:"outage-tolerance"` // how long a site may be away
 	NoProgress      Duration `json:"no-progress,omitzero" toml:"no-progress"`           // longest silence of all parties together
 	StartTimeout    Duration `json:"start-timeout,omitzero" toml:"start-timeout"`       // until all wanted sites are ready
+	JoinWait        Duration `json:"join-wait,omitzero" toml:"join-wait"`               // for the other sites, once min-sites are there
 
 	Server  Server   `json:"server,omitzero" toml:"server"`
 	Site    Site     `json:"site,omitzero" toml:"site"`
@@ -60,6 +67,9 @@ type Server struct {
 	Args         []string          `json:"args,omitempty" toml:"args"`                  // to the server app
 	Database     string            `json:"database,omitempty" toml:"database"`          // to the superlink
 	ReadyTimeout Duration          `json:"ready-timeout,omitzero" toml:"ready-timeout"` // until the superlink serves
+	StopGrace    Duration          `json:"stop-grace,omitzero" toml:"stop-grace"`       // between asking Flower to stop the run and ending the superlink
+	Restarts     int               `json:"restarts,omitempty" toml:"restarts"`          // how often the hub's runner is started again after it died
+	AppPath      string            `json:"app-path,omitempty" toml:"app-path"`          // an app that lies ready on the hub's machine, used in place of the bundle's
 	Env          map[string]string `json:"env,omitempty" toml:"env"`
 }
 
@@ -67,7 +77,9 @@ type Server struct {
 type Site struct {
 	Env        map[string]string `json:"env,omitempty" toml:"env"`
 	NodeConfig NodeConfig        `json:"node-config,omitempty" toml:"node-config"`
-	Named      map[string]Site   `json:"named,omitempty" toml:"-"` // by the site's name; one level deep
+	Restarts   int               `json:"restarts,omitempty" toml:"restarts"` // how often a supernode that died is started again
+	AppPath    string            `json:"app-path,omitempty" toml:"app-path"` // an app that lies ready at the site, used in place of the bundle's
+	Named      map[string]Site   `json:"named,omitempty" toml:"-"`           // by the site's name; one level deep
 }
 
 // NodeConfig is what Flower hands to every ClientApp of a node: scalars (string, int64, float64,
@@ -142,6 +154,30 @@ func (s Spec) EnvFor(party string) map[string]string {
 	return env
 }
 
+// RestartsFor gives how often a party is started again by itself after it died: for HubParty its runner, for a site its
+// supernode. What a site's own table says comes before what is said for every site.
+func (s Spec) RestartsFor(party string) int {
+	if party == HubParty {
+		return s.Server.Restarts
+	}
+	if n := s.Site.Named[party].Restarts; n > 0 {
+		return n
+	}
+	return s.Site.Restarts
+}
+
+// AppPathFor gives the app that lies ready at a party, "" for the bundle's: a slash-separated path below the folder that the
+// party's own configuration keeps for such apps.
+func (s Spec) AppPathFor(party string) string {
+	if party == HubParty {
+		return s.Server.AppPath
+	}
+	if p := s.Site.Named[party].AppPath; p != "" {
+		return p
+	}
+	return s.Site.AppPath
+}
+
 // Need gives how many of the wanted sites must be ready before the app starts.
 func (s Spec) Need(wanted int) int {
 	if s.MinSites == 0 {
@@ -159,7 +195,9 @@ func (s Spec) WithDefaults() Spec {
 	s.OutageTolerance = s.OutageTolerance.Or(DefaultOutageTolerance)
 	s.NoProgress = s.NoProgress.Or(DefaultNoProgress)
 	s.StartTimeout = s.StartTimeout.Or(DefaultStartTimeout)
+	s.JoinWait = s.JoinWait.Or(DefaultJoinWait)
 	s.Server.ReadyTimeout = s.Server.ReadyTimeout.Or(DefaultReadyTimeout)
+	s.Server.StopGrace = s.Server.StopGrace.Or(DefaultStopGrace)
 	return s
 }
 
@@ -204,6 +242,19 @@ func (s Spec) faults() []fault {
 	if len(s.Sites) > 0 && s.MinSites > len(s.Sites) {
 		add(fmt.Sprintf("%d sites are needed, but only %d are wanted", s.MinSites, len(s.Sites)), "lower min-sites or name more sites", "min-sites")
 	}
+	seen = map[string]bool{}
+	for _, name := range s.MandatorySites {
+		msg, next := nameFault("site", name)
+		add(msg, next, "mandatory-sites")
+		if seen[name] {
+			add(fmt.Sprintf("site %q is named twice", name), "name it once", "mandatory-sites")
+		}
+		seen[name] = true
+		if len(s.Sites) > 0 && msg == "" && !slices.Contains(s.Sites, name) {
+			add(fmt.Sprintf("site %q is not among the job's sites", name)+problem.DidYouMean(name, s.Sites),
+				"name it in sites too, or remove it here", "mandatory-sites")
+		}
+	}
 	for _, d := range []struct {
 		key []string
 		val Duration
@@ -212,7 +263,9 @@ func (s Spec) faults() []fault {
 		{[]string{"outage-tolerance"}, s.OutageTolerance},
 		{[]string{"no-progress"}, s.NoProgress},
 		{[]string{"start-timeout"}, s.StartTimeout},
+		{[]string{"join-wait"}, s.JoinWait},
 		{[]string{"server", "ready-timeout"}, s.Server.ReadyTimeout},
+		{[]string{"server", "stop-grace"}, s.Server.StopGrace},
 	} {
 		if d.val < NoLimit {
 			add("a duration cannot be negative", durationRule, d.key...)
@@ -236,6 +289,11 @@ func (s Spec) faults() []fault {
 	if strings.ContainsRune(s.Server.Database, 0) {
 		add("the name holds a zero byte", "remove it", "server", "database")
 	}
+	restartsFault(s.Server.Restarts, add, "server", "restarts")
+	if s.Server.Restarts > 0 && (s.Server.Database == "" || s.Server.Database == ":memory:") {
+		add("the superlink's state is in memory and ends with it", "give it a file with database in [tool.pergola.server], or leave restarts out", "server", "restarts")
+	}
+	appPathFault(s.Server.AppPath, add, "server", "app-path")
 	envFaults(s.Server.Env, add, "server", "env")
 	s.Site.faults(add, "site")
 	for _, name := range slices.Sorted(maps.Keys(s.Site.Named)) {
@@ -250,6 +308,8 @@ func (s Spec) faults() []fault {
 }
 
 func (s Site) faults(add func(msg, next string, key ...string), at ...string) {
+	restartsFault(s.Restarts, add, append(slices.Clone(at), "restarts")...)
+	appPathFault(s.AppPath, add, append(slices.Clone(at), "app-path")...)
 	envFaults(s.Env, add, append(slices.Clone(at), "env")...)
 	for _, k := range slices.Sorted(maps.Keys(s.NodeConfig)) {
 		key := append(slices.Clone(at), "node-config", k)
@@ -265,6 +325,25 @@ func (s Site) faults(add func(msg, next string, key ...string), at ...string) {
 		if k == "" || strings.ContainsAny(k, " \t\r\n=\"'\x00") {
 			add(fmt.Sprintf("%q cannot be a key of Flower's node config", k), "use letters, digits, hyphens, underscores and dots", key...)
 		}
+	}
+}
+
+// maxRestarts is more than any job can make use of.
+const maxRestarts = 1000
+
+func restartsFault(n int, add func(msg, next string, key ...string), key ...string) {
+	if n < 0 || n > maxRestarts {
+		add(fmt.Sprintf("%d is no number of restarts", n), fmt.Sprintf("give 0 to %d", maxRestarts), key...)
+	}
+}
+
+// appPathFault refuses a path that leads out of the folder for such apps. Links on the way are for whoever opens it.
+func appPathFault(p string, add func(msg, next string, key ...string), key ...string) {
+	if p == "" {
+		return
+	}
+	if !fs.ValidPath(p) || strings.ContainsAny(p, "\\\x00") {
+		add(fmt.Sprintf("%q is not a path below the folder for apps", p), `write it like "apps/ct": relative, with slashes, without "." or ".."`, key...)
 	}
 }
 

@@ -25,14 +25,17 @@ func TestParseSpecReadsTheWholeTable(t *testing.T) {
 	}
 	want := Spec{
 		Engine: "auto", Sites: []string{"st-anna", "charite"}, MinSites: 2,
+		MandatorySites: []string{"charite"}, StrictClients: true, JoinWait: Duration(30 * time.Second),
 		Deadline: Duration(6 * time.Hour), OutageTolerance: Duration(time.Hour), NoProgress: NoLimit, StartTimeout: Duration(15 * time.Minute),
 		Server: Server{
 			Args: []string{"--run-config", "num-server-rounds=5"}, Database: "state.db", ReadyTimeout: Duration(30 * time.Second),
+			StopGrace: Duration(5 * time.Second), Restarts: 1, AppPath: "apps/server",
 			Env: map[string]string{"NAME": "value"},
 		},
 		Site: Site{
 			Env: map[string]string{"DATA": "/data/ct"}, NodeConfig: NodeConfig{"partition-id": int64(0), "rate": 1.0, "cohort": "a", "gpu": false},
-			Named: map[string]Site{"st-anna": {Env: map[string]string{"DATA": "/mnt/ct"}, NodeConfig: NodeConfig{"cohort": "b"}}, "charite": {}},
+			Restarts: 3, AppPath: "apps/ct",
+			Named: map[string]Site{"st-anna": {Env: map[string]string{"DATA": "/mnt/ct"}, Restarts: 5, AppPath: "ct", NodeConfig: NodeConfig{"cohort": "b"}}, "charite": {}},
 		},
 		Exclude: []string{"*.csv", "notebooks/*"},
 	}
@@ -53,6 +56,8 @@ func TestParseSpecReadsTheWholeTable(t *testing.T) {
 	}
 }
 
+const topKeys = "deadline, engine, exclude, join-wait, mandatory-sites, min-sites, no-progress, outage-tolerance, server, site, sites, start-timeout, strict-clients"
+
 func TestParseSpecFaults(t *testing.T) {
 	for _, c := range []struct {
 		name, toml string
@@ -64,19 +69,19 @@ func TestParseSpecFaults(t *testing.T) {
 		{"dotted keys", "[tool]\npergola.engine = 'flower'\npergola.site.env.A = 'b'\n", ""},
 		{
 			"an unknown key", "\n[tool.pergola]\ndedline = \"6h\"\n",
-			`p.toml:3: tool.pergola.dedline: there is no such key; did you mean "deadline"?; next: the keys here are deadline, engine, exclude, min-sites, no-progress, outage-tolerance, server, site, sites, start-timeout`,
+			`p.toml:3: tool.pergola.dedline: there is no such key; did you mean "deadline"?; next: the keys here are ` + topKeys,
 		},
 		{
 			"an unknown key of the server", "[tool.pergola.server]\n\ndatabse = 'x'",
-			`p.toml:3: tool.pergola.server.databse: there is no such key; did you mean "database"?; next: the keys here are args, database, env, ready-timeout`,
+			`p.toml:3: tool.pergola.server.databse: there is no such key; did you mean "database"?; next: the keys here are app-path, args, database, env, ready-timeout, restarts, stop-grace`,
 		},
 		{
 			"an unknown key in an inline table", "[tool.pergola]\nengine='auto'\nserver = { args = [], foo = 1 }",
-			`p.toml:3: tool.pergola.server.foo: there is no such key; next: the keys here are args, database, env, ready-timeout`,
+			`p.toml:3: tool.pergola.server.foo: there is no such key; next: the keys here are app-path, args, database, env, ready-timeout, restarts, stop-grace`,
 		},
 		{
 			"a key that only flags set", "[tool.pergola]\nrun-config = []",
-			`p.toml:2: tool.pergola.run-config: there is no such key; next: the keys here are deadline, engine, exclude, min-sites, no-progress, outage-tolerance, server, site, sites, start-timeout`,
+			`p.toml:2: tool.pergola.run-config: there is no such key; next: the keys here are ` + topKeys,
 		},
 		{
 			"the first of several faults is told", "[tool.pergola]\nsites = 3\nengine = 'x'\nabc = 1",
@@ -98,6 +103,26 @@ func TestParseSpecFaults(t *testing.T) {
 			"more needed than wanted", "[tool.pergola]\nsites = ['a']\nmin-sites = 2",
 			`p.toml:3: tool.pergola.min-sites: 2 sites are needed, but only 1 are wanted; next: lower min-sites or name more sites`,
 		},
+		{"a word for a boolean", "[tool.pergola]\nstrict-clients = 'true'", `p.toml:2: tool.pergola.strict-clients: this is a string, and has to be true or false; next: write it without quotes`},
+		{
+			"a mandatory site that is not wanted", "[tool.pergola]\nsites = ['charite']\nmandatory-sites = ['charit']",
+			`p.toml:3: tool.pergola.mandatory-sites: site "charit" is not among the job's sites; did you mean "charite"?; next: name it in sites too, or remove it here`,
+		},
+		{"a mandatory site named twice", "[tool.pergola]\nmandatory-sites = ['a', 'a']", `p.toml:2: tool.pergola.mandatory-sites: site "a" is named twice; next: name it once`},
+		{"a bad mandatory site", "[tool.pergola]\nmandatory-sites = ['restarts']", `p.toml:2: tool.pergola.mandatory-sites: no site can be called "restarts": [tool.pergola.site] has a key of that name; next: choose another name`},
+		{
+			"restarts without a file to restart from", "[tool.pergola.server]\nrestarts = 1",
+			`p.toml:2: tool.pergola.server.restarts: the superlink's state is in memory and ends with it; next: give it a file with database in [tool.pergola.server], or leave restarts out`,
+		},
+		{"too many restarts", "[tool.pergola.site.a]\nrestarts = 1001", `p.toml:2: tool.pergola.site.a.restarts: 1001 is no number of restarts; next: give 0 to 1000`},
+		{
+			"an app outside of the folder for apps", "[tool.pergola.site]\napp-path = '../x'",
+			`p.toml:2: tool.pergola.site.app-path: "../x" is not a path below the folder for apps; next: write it like "apps/ct": relative, with slashes, without "." or ".."`,
+		},
+		{
+			"an app with an absolute path", "[tool.pergola.server]\napp-path = '/opt/x'",
+			`p.toml:2: tool.pergola.server.app-path: "/opt/x" is not a path below the folder for apps; next: write it like "apps/ct": relative, with slashes, without "." or ".."`,
+		},
 		{"a bare number for a duration", "[tool.pergola]\ndeadline = 3600", `p.toml:2: tool.pergola.deadline: this is a whole number, and has to be a duration in quotes; next: ` + durationRule},
 		{"a bad duration", "[tool.pergola]\ndeadline = '6 hours'", `p.toml:2: tool.pergola.deadline: "6 hours" is not a duration; next: ` + durationRule},
 		{"a negative duration", "[tool.pergola.server]\nready-timeout = '-1s'", `p.toml:2: tool.pergola.server.ready-timeout: "-1s" is not a duration; next: ` + durationRule},
@@ -111,14 +136,14 @@ func TestParseSpecFaults(t *testing.T) {
 			"a table of a site that is not there", "[tool.pergola]\nsites = ['charite']\n[tool.pergola.site.chariet]\nenv = {A='b'}",
 			`p.toml:3: tool.pergola.site.chariet: site "chariet" is not among the job's sites; did you mean "charite"?; next: name it in sites too, or remove its table`,
 		},
-		{"an unknown key of all sites", "[tool.pergola.site]\nevn = 'x'", `p.toml:2: tool.pergola.site.evn: there is no such key; did you mean "env"?; next: the keys here are env, node-config`},
+		{"an unknown key of all sites", "[tool.pergola.site]\nevn = 'x'", `p.toml:2: tool.pergola.site.evn: there is no such key; did you mean "env"?; next: the keys here are app-path, env, node-config, restarts`},
 		{
 			"a misspelt table of all sites", "[tool.pergola.site]\nndoe-config = { a = 1 }",
-			`p.toml:2: tool.pergola.site.ndoe-config: there is no such key; did you mean "node-config"?; next: the keys here are env, node-config and the names of sites`,
+			`p.toml:2: tool.pergola.site.ndoe-config: there is no such key; did you mean "node-config"?; next: the keys here are app-path, env, node-config, restarts and the names of sites`,
 		},
 		{
 			"an unknown key of one site", "[tool.pergola.site.a]\nnodeconfig = {}",
-			`p.toml:2: tool.pergola.site.a.nodeconfig: there is no such key; did you mean "node-config"?; next: the keys here are env, node-config`,
+			`p.toml:2: tool.pergola.site.a.nodeconfig: there is no such key; did you mean "node-config"?; next: the keys here are app-path, env, node-config, restarts`,
 		},
 		{"a number as a variable", "[tool.pergola.site]\nenv = { A = 'x',\n  B = 3 }", `p.toml:3: tool.pergola.site.env.B: this is a whole number, and has to be a string; next: put it in quotes`},
 		{"a string as the variables", "[tool.pergola.server]\nenv = 'A=b'", `p.toml:2: tool.pergola.server.env: this is a string, and has to be a table of strings; next: write it like { NAME = "value" }`},
@@ -189,13 +214,25 @@ func TestDefaults(t *testing.T) {
 	got := Spec{NoProgress: NoLimit, StartTimeout: Duration(time.Second)}.WithDefaults()
 	want := Spec{
 		Engine: "auto", Deadline: NoLimit, OutageTolerance: Duration(time.Hour), NoProgress: NoLimit, StartTimeout: Duration(time.Second),
-		Server: Server{ReadyTimeout: Duration(time.Minute)},
+		JoinWait: Duration(time.Minute), Server: Server{ReadyTimeout: Duration(time.Minute), StopGrace: Duration(2 * time.Second)},
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("-want +got:\n%s", d)
 	}
 	if (Spec{}).Need(3) != 3 || (Spec{MinSites: 2}).Need(3) != 2 {
 		t.Error("Need does not follow min-sites")
+	}
+	s := Spec{
+		Server: Server{Restarts: 1, AppPath: "h"},
+		Site:   Site{Restarts: 2, AppPath: "all", Named: map[string]Site{"a": {Restarts: 3, AppPath: "a"}}},
+	}
+	for _, c := range []struct {
+		party, app string
+		restarts   int
+	}{{HubParty, "h", 1}, {"a", "a", 3}, {"b", "all", 2}} {
+		if s.RestartsFor(c.party) != c.restarts || s.AppPathFor(c.party) != c.app {
+			t.Errorf("%s gets %d restarts and the app %q", c.party, s.RestartsFor(c.party), s.AppPathFor(c.party))
+		}
 	}
 }
 

@@ -34,10 +34,11 @@ type Options struct {
 	// a tunnel, or a faulty network in a test. Such sites may be away for as long as the job tolerates outages.
 	Dials map[string]string
 
-	Spec   job.Spec // what flags say; they win over the app's [tool.pergola]
-	Python string   // an interpreter to use as it is; "" = build an environment
-	Relock bool     // resolve the dependencies again although a lock is at hand
-	Level  slog.Level
+	Spec          job.Spec // what flags say; they win over the app's [tool.pergola]
+	StrictClients *bool    // nil: as the file says
+	Python        string   // an interpreter to use as it is; "" = build an environment
+	Relock        bool     // resolve the dependencies again although a lock is at hand
+	Level         slog.Level
 
 	Event func(Event) // one at a time
 
@@ -217,13 +218,19 @@ func (r *run) look() error {
 	if f.Engine != "" {
 		spec.Engine = f.Engine
 	}
-	for _, d := range []struct{ to, from *job.Duration }{{&spec.Deadline, &f.Deadline}, {&spec.NoProgress, &f.NoProgress}, {&spec.StartTimeout, &f.StartTimeout}, {&spec.OutageTolerance, &f.OutageTolerance}} {
+	for _, d := range []struct{ to, from *job.Duration }{{&spec.Deadline, &f.Deadline}, {&spec.NoProgress, &f.NoProgress}, {&spec.StartTimeout, &f.StartTimeout}, {&spec.OutageTolerance, &f.OutageTolerance}, {&spec.JoinWait, &f.JoinWait}} {
 		if *d.from != 0 {
 			*d.to = *d.from
 		}
 	}
 	if f.MinSites != 0 {
 		spec.MinSites = f.MinSites
+	}
+	if len(f.MandatorySites) > 0 {
+		spec.MandatorySites = f.MandatorySites
+	}
+	if s := r.opt.StrictClients; s != nil {
+		spec.StrictClients = *s
 	}
 	for k, v := range f.Site.Env {
 		if spec.Site.Env == nil {

@@ -1,0 +1,68 @@
+package job
+
+// Setting is one key of [tool.pergola], for docs/settings.md and whoever maps other systems' settings to it.
+type Setting struct {
+	Key       string // path below [tool.pergola], "server.restarts"
+	Type      string
+	Default   string // as a person writes it; "" = none
+	Flag      string // of `pergola run`; "" = none
+	Meaning   string
+	Reference string // the reference system's name for it, with its default where that differs; "" = it has none
+}
+
+// Settings has every key of [tool.pergola] exactly once, in the order of the documentation.
+var Settings = []Setting{
+	{"engine", "string", `"auto"`, "--engine", "how the app runs: `auto` or `flower`", ""},
+	{"sites", "list of strings", "all that may", "", "the job's sites, by name; their order gives `partition-id`", "`deploy_map`"},
+	{"min-sites", "whole number", "all wanted sites", "--min-sites", "with this many the job starts, and goes on when others are late or gone ([below](#which-sites-a-job-needs))", "`min_clients` (1)"},
+	{"mandatory-sites", "list of strings", "none", "--mandatory-site", "sites without which the job neither starts nor goes on, whatever `min-sites` says", "`mandatory_clients`"},
+	{"strict-clients", "boolean", "false", "--strict-clients", "a site's part that fails ends the job, also where `min-sites` could do without it", "none: as if false"},
+	{"join-wait", "duration", `"1m"`, "--join-wait", "how long the others are waited for once `min-sites` are there; `\"0\"`: until `start-timeout`", ""},
+	{
+		"start-timeout", "duration", `"10m"`, "--start-timeout", "longest wait for sites to connect, and then for the parties to be ready, counted from the last progress of a build",
+		"`configure_task_timeout` (10 s), `start_task_timeout` (10 s), `runner_sync_timeout`, `max_runner_sync_timeout` (60 s), `max_reg_duration` (60 s)",
+	},
+	{"deadline", "duration", "no limit", "--deadline", "from the start of the preparation to the end", ""},
+	{
+		"outage-tolerance", "duration", `"1h"`, "", "for how long a site's link may be cut before its part has failed",
+		"`tx_timeout` (100 s), `max_client_op_interval` (90 s)",
+	},
+	{"no-progress", "duration", `"1h"`, "--no-progress", "longest time in which no party shows any progress: a round, a message's handling, a line of output", "`progress_timeout`"},
+	{"exclude", "list of strings", "none", "", "patterns of files that stay out of the bundle", ""},
+	{"server.args", "list of strings", "none", "", "arguments of the server app (`flower-server-app` up to flwr 1.12, `flwr run` after it)", "`server_app_args`"},
+	{
+		"server.database", "string", "in memory", "", "file for the superlink's state; a relative one is in the job's results",
+		"`database`",
+	},
+	{"server.ready-timeout", "duration", `"1m"`, "", "until the superlink serves, and until it knows the ready sites' supernodes", "`superlink_ready_timeout` (10 s), `flower_server_ready_timeout` (10 s)"},
+	{"server.stop-grace", "duration", `"2s"`, "", "pause between asking Flower to stop the run and ending its superlink; `\"0\"`: none", "`superlink_grace_period`"},
+	{"server.restarts", "whole number", "0", "", "how often the job is started again when the hub's runner of it died; needs `database` ([below](#when-the-hubs-runner-dies))", ""},
+	{"server.app-path", "string", "the bundle's app", "", "an app that lies ready on the hub's machine, as a path below its folder for apps", "`flower_app_path`"},
+	{"server.env", "table of strings", "none", "", "variables for the superlink and the server app", ""},
+	{"site.env", "table of strings", "none", "--site-env", "variables for the supernode and the client app", "`extra_env`"},
+	{"site.node-config", "table", "`partition-id`, `num-partitions`", "", "what Flower hands to the client app as its node's configuration", "fixed: `client-name`, `partition-id`, `num-partitions`"},
+	{"site.restarts", "whole number", "0", "", "how often a supernode that died is started again", "none: as if 0"},
+	{"site.app-path", "string", "the bundle's app", "", "an app that lies ready at the site, as a path below its folder for apps", "`flower_app_path`"},
+}
+
+// Absent has the reference system's settings to which none of Settings answers, and why.
+var Absent = []struct{ Name, Default, Why string }{
+	{"num_rounds", "1", "it has no effect there either: the app's own configuration says how many rounds"},
+	{"configure_task_name, start_task_name", "config, start", "names of messages that do not exist here: what a site should do follows from the stored job, not from a message"},
+	{"job_status_check_interval", "2 s", "nothing is asked again and again: a change is acted upon when it is stored, a deadline when it is over"},
+	{"monitor_interval", "0.5 s", "a program's end is told by the kernel, not looked for"},
+	{"superlink_min_query_interval", "10 s", "the state of a run is asked for when its output ends; every 10 s only meanwhile"},
+	{"per_msg_timeout", "10 s", "there are no messages with acknowledgements of their own: a site's link is one ordered stream that survives its connections"},
+	{"rm_query_interval, rm_max_request_workers", "2 s, 20", "as above: nothing is queried, and streams need no workers to wait in"},
+	{"client_shutdown_timeout", "5 s", "it has no effect there; programs have 5 s from the request to end to the kill"},
+	{"int_client_grpc_options", "none", "bytes are passed on as they are: no program of Pergola's is a gRPC client of Flower's"},
+	{"task check period, task fetch interval", "0.2 s, 0.5 s", "there are no tasks to fetch: an agent is told at once what changes"},
+	{
+		"job_heartbeat_interval, dead_client_grace_period, dead_client_check_lead_time", "10 s, 60 s, 30 s",
+		"a matter of the hub, not of a job: `site-grace` in hub.toml (45 s) is how long an agent may be away, and its connection is tested every 10 s",
+	},
+	{"heart_beat_timeout", "600 s", "a site is never removed for being away"},
+	{"client_outcome_wait_timeout", "900 s", "a job waits 30 s for its parties to end; a site that is away then cleans up when it is back"},
+	{"cell_wait_timeout", "5 s", "handshakes have 10 s; dialling goes on until `start-timeout`"},
+	{"allow_runtime_dependency_installation", "false", "the environment is built from the lock before anything starts; Flower's own installation is switched off"},
+}
