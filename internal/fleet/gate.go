@@ -38,9 +38,13 @@ const (
 	forever     = 1e9  // for pings there is no upper bound
 )
 
-// signedFor is how long a superlink takes a signed call (TIMESTAMP_TOLERANCE, 300 s, and 5 s for clocks), less some margin
-// for its way from here to there.
-const signedFor = 290 * time.Second
+// A superlink takes a signed call for 10 s (1.15, 1.18) or 300 s (1.30, 1.41; TIMESTAMP_TOLERANCE), and for 5 s more in both
+// directions (SYSTEM_TIME_TOLERANCE).
+const (
+	onTime   = 8 * time.Second  // no superlink refuses a call of this age for its age
+	early    = 4 * time.Second  // as far in the future as any superlink takes, less a margin
+	maxEarly = 24 * time.Second // a call that has to wait for longer is given up by its caller (30 s)
+)
 
 // Options of a gate.
 type Options struct {

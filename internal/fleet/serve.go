@@ -65,6 +65,7 @@ type call struct {
 	adapter bool
 	message []byte // of a small call: without framing and container
 	small   bool
+	late    bool                // it was signed some time ago
 	wrap    func([]byte) []byte // puts framing and container round a message
 }
 
@@ -95,11 +96,7 @@ func (g *Gate) serve(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	c.site.arrived(c)
-	if age, signed := c.age(); signed && (age > signedFor || age < -signedFor) {
-		// The superlink would refuse it for good, and the supernode give up; a supernode repeats a call that finds nobody,
-		// with a new signature.
-		g.warn(c.site, "age", "a call of %s was signed %v ago: it was held up, or the clocks of site and hub differ", c.site.name, age.Round(time.Second))
-		c.refuse(http.StatusServiceUnavailable, "the call was held up for too long; try again")
+	if !g.timely(c) {
 		return
 	}
 	if msg := g.foreign(c); msg != "" {
@@ -187,6 +184,68 @@ func (c *call) age() (time.Duration, bool) {
 		return 0, false // unsigned, or the superlink's to judge
 	}
 	return time.Since(at), true
+}
+
+// timely deals with calls that a superlink would refuse for their time of signature, and a supernode then give up: one that
+// was held up in an outage, or comes from a clock that is wrong.
+func (g *Gate) timely(c *call) bool {
+	age, signed := c.age()
+	switch {
+	case !signed || age >= -early:
+		c.late = signed && age > onTime
+		return true
+	case age >= -maxEarly:
+		g.warn(c.site, "early", "the clock of %s is %v ahead of the hub's, which makes every call wait; correct it", c.site.name, -age.Round(time.Second))
+		t := time.NewTimer(-age - early)
+		defer t.Stop()
+		select {
+		case <-t.C:
+			return true
+		case <-c.Context().Done():
+			return false
+		}
+	default:
+		g.warn(c.site, "early", "the clock of %s is %v ahead of the hub's, and Flower takes no calls from the future; correct it", c.site.name, -age.Round(time.Second))
+	}
+	c.refuse(http.StatusServiceUnavailable, "the call was signed in the future; try again")
+	return false
+}
+
+// tooLate is the answer to a late call that the superlink has refused for its signature: a supernode gives up after that, but
+// repeats a call that finds nobody, with a new signature.
+func (g *Gate) tooLate(c *call) {
+	age, _ := c.age()
+	g.warn(c.site, "late", "a call of %s was signed %v ago and will be repeated: it was held up, or the site's clock is behind the hub's", c.site.name, age.Round(time.Second))
+}
+
+// judged looks at the superlink's answer to a late call.
+func (g *Gate) judged(c *call, resp *http.Response) error {
+	if !c.grpc {
+		if resp.StatusCode == http.StatusUnauthorized {
+			g.tooLate(c)
+			resp.StatusCode = http.StatusServiceUnavailable
+		}
+		return nil
+	}
+	// A refusal has no message; its status comes with the header, or behind nothing.
+	first := make([]byte, 1)
+	n, err := io.ReadFull(resp.Body, first)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	old := resp.Body
+	resp.Body = struct {
+		io.Reader
+		io.Closer
+	}{io.MultiReader(bytes.NewReader(first[:n]), old), old}
+	const unauthenticated, unavailable = "16", "14"
+	for _, h := range []http.Header{resp.Header, resp.Trailer} {
+		if n == 0 && h.Get("Grpc-Status") == unauthenticated {
+			g.tooLate(c)
+			h.Set("Grpc-Status", unavailable)
+		}
+	}
+	return nil
 }
 
 // foreign tells why a call may not be made by this site, "" if it may.
@@ -300,6 +359,10 @@ func (g *Gate) pull(c *call) {
 			s.mu.Unlock()
 		}
 		if resp.StatusCode != http.StatusOK {
+			if c.late && resp.StatusCode == http.StatusUnauthorized {
+				g.tooLate(c)
+				resp.StatusCode = http.StatusServiceUnavailable
+			}
 			copyHeader(c.w.Header(), h.header)
 			c.w.WriteHeader(resp.StatusCode)
 			_, _ = c.w.Write(body) // the supernode may be gone
@@ -401,7 +464,10 @@ func (g *Gate) proxy(c *call) {
 	if c.grpc {
 		p.Transport = c.site.h2
 	}
-	if c.op == opCreate {
+	switch {
+	case c.late:
+		p.ModifyResponse = func(resp *http.Response) error { return g.judged(c, resp) }
+	case c.op == opCreate && c.Header.Get(timestampHeader) == "":
 		p.ModifyResponse = func(resp *http.Response) error { return g.created(c, resp) }
 	}
 	p.ServeHTTP(c.w, c.Request)

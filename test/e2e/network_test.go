@@ -18,7 +18,6 @@ type network struct {
 	state netState
 	conns map[net.Conn]struct{}
 	wg    sync.WaitGroup
-	count int
 }
 
 type netState int
@@ -70,13 +69,6 @@ func (n *network) set(s netState) {
 	}
 }
 
-// accepted is how many connections were carried so far.
-func (n *network) accepted() int {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	return n.count
-}
-
 func reset(c net.Conn) {
 	if t, ok := c.(*net.TCPConn); ok {
 		_ = t.SetLinger(0)
@@ -92,7 +84,6 @@ func (n *network) add(c net.Conn) bool {
 		return false
 	}
 	n.conns[c] = struct{}{}
-	n.count++
 	return true
 }
 

@@ -25,7 +25,7 @@ func tinyRoundsOf(n int) (out []localrun.RoundMetrics) {
 // a pause, and the numbers are those of an undisturbed run.
 func TestOutages(t *testing.T) {
 	t.Parallel()
-	for _, v := range []string{oldest, "1.30.0", newest} {
+	for _, v := range []string{oldest, "1.18.0", "1.30.0", newest} {
 		for _, how := range []netState{cut, hole} {
 			name := map[netState]string{cut: "cut", hole: "hole"}[how]
 			if how == hole && v != newest {
