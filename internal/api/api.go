@@ -25,8 +25,10 @@ import (
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/sock"
+	"github.com/pergolafl/pergola/internal/uplink"
 )
 
 // Protocol is the version of the control protocol between agents and hub.
@@ -48,15 +50,30 @@ type Client struct {
 	http    *http.Client
 }
 
-// NewClient calls the hub at addr, host:port. Calls have no time limit but their context's.
+// NewClient calls the hub at addr, as package uplink takes it, by the way that the environment says. What is wrong with either
+// is told by the first call.
 func NewClient(addr string, conf *tls.Config) *Client {
-	conf = conf.Clone()
-	conf.NextProtos = []string{"h2", "http/1.1"}
-	t := &http.Transport{
-		TLSClientConfig: conf, ForceAttemptHTTP2: true, Proxy: http.ProxyFromEnvironment, TLSHandshakeTimeout: 10 * time.Second,
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
+	c, err := Dial(uplink.Config{Hubs: []string{addr}, TLS: conf})
+	if err != nil {
+		return newClient(&http.Transport{DialTLSContext: func(context.Context, string, string) (net.Conn, error) { return nil, err }}, "https://"+pki.HubName)
 	}
-	return newClient(t, "https://"+addr)
+	return c
+}
+
+// Dial calls the hub that up leads to. Calls have no time limit but their context's. The error is one of up's.
+func Dial(up uplink.Config) (*Client, error) {
+	up.TLS = up.TLS.Clone()
+	up.TLS.NextProtos = []string{"h2", "http/1.1"}
+	d, err := uplink.New(up)
+	if err != nil {
+		return nil, err
+	}
+	t := &http.Transport{
+		DialTLSContext:    func(ctx context.Context, _, _ string) (net.Conn, error) { return d.Dial(ctx) },
+		ForceAttemptHTTP2: true,
+		HTTP2:             &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
+	}
+	return newClient(t, "https://"+d.Hubs()[0]), nil
 }
 
 // NewRunnerClient calls the runner that serves the socket at path.
@@ -134,6 +151,9 @@ func toWire(err error) error {
 func fromWire(err error) error {
 	if err == nil {
 		return nil
+	}
+	if p, ok := errors.AsType[*problem.Error](err); ok {
+		return p // of the way to the hub
 	}
 	ce, ok := errors.AsType[*connect.Error](err)
 	if !ok {

@@ -50,6 +50,7 @@ var layer = map[string]int{
 	"native":  2,
 	"nvflare": 2,
 	"pyenv":   2,
+	"uplink":  2, // it knows the hub's certificates
 
 	"api":             3, // the wire's forms of jobs and events
 	"audit":           3,

@@ -50,6 +50,9 @@ func dial(ctx context.Context, d Dialer, l *line) (*Session, error) {
 		}
 		left := l.opts.Retry - time.Since(start)
 		if isFinal(err) || left <= 0 {
+			if way, ok := errors.AsType[pathError](err); ok {
+				return nil, way.error
+			}
 			return nil, err
 		}
 		p := min(jitter(wait), left)
@@ -88,6 +91,12 @@ func isFinal(err error) bool {
 	return code == problem.Version || code == problem.Denied || errors.Is(err, errGone) || errors.Is(err, ErrClosed)
 }
 
+// pathError is a Dialer's. Whatever it says is about the way, which may be better later, and not the other end's word: it keeps a
+// session from beginning, but does not end one.
+type pathError struct{ error }
+
+func (e pathError) Unwrap() error { return e.error }
+
 // keepUp makes a new transport whenever one is lost, until the line ends.
 func (l *line) keepUp(d Dialer, tr *transport) {
 	wait := time.Duration(0)
@@ -114,7 +123,7 @@ func (l *line) keepUp(d Dialer, tr *transport) {
 				}
 				hardClose(c.Conn)
 			}
-			if isFinal(err) {
+			if _, way := errors.AsType[pathError](err); !way && isFinal(err) {
 				l.refused(err)
 				return
 			}
@@ -137,10 +146,10 @@ func (l *line) connect(ctx context.Context, d Dialer) (*connection, error) {
 	conn, err := d(dctx)
 	cancel()
 	if err != nil {
-		if p, ok := errors.AsType[*problem.Error](err); ok {
-			return nil, p
+		if _, ok := errors.AsType[*problem.Error](err); ok {
+			return nil, pathError{err}
 		}
-		return nil, problem.Wrap(err, problem.LinkLost, "check that the hub runs and can be reached from this machine", "the other end of the link cannot be reached")
+		return nil, pathError{problem.Wrap(err, problem.LinkLost, "check that the hub runs and can be reached from this machine", "the other end of the link cannot be reached")}
 	}
 	tune(conn)
 	c, err := l.greet(ctx, conn)

@@ -179,19 +179,24 @@ func (w *watched) Read(b []byte) (int, error) {
 
 // hardClose ends a connection that is lost anyway, without waiting to tell its other end.
 func hardClose(c net.Conn) {
-	if t, ok := c.(interface{ NetConn() net.Conn }); ok { // crypto/tls
+	_ = innermost(c).Close()
+}
+
+// innermost gives the connection below TLS, even if that runs in a proxy's.
+func innermost(c net.Conn) net.Conn {
+	for {
+		t, ok := c.(interface{ NetConn() net.Conn })
+		if !ok {
+			return c
+		}
 		c = t.NetConn()
 	}
-	_ = c.Close()
 }
 
 // tune makes the kernel give up a TCP peer that acknowledges nothing, in about the time in which a session would. A
 // splice in the middle of writing does not otherwise notice a dead peer for a quarter of an hour.
 func tune(c net.Conn) {
-	if t, ok := c.(interface{ NetConn() net.Conn }); ok { // crypto/tls
-		c = t.NetConn()
-	}
-	t, ok := c.(*net.TCPConn)
+	t, ok := innermost(c).(*net.TCPConn)
 	if !ok {
 		return
 	}

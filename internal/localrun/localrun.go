@@ -33,6 +33,8 @@ type Options struct {
 	// Dials has, for some sites, another address of the hub ("host:port") than the one it listens at: that of a forwarder,
 	// a tunnel, or a faulty network in a test. Such sites may be away for as long as the job tolerates outages.
 	Dials map[string]string
+	// SiteProxy is the proxy of the sites' configurations; "" = none, as the hub is on this machine.
+	SiteProxy string
 
 	Spec          job.Spec // what flags say; they win over the app's [tool.pergola]
 	StrictClients *bool    // nil: as the file says

@@ -189,7 +189,7 @@ func (r *run) startSites(auth *pki.Authority, addr string, env []string) ([]*pro
 			dial = other
 		}
 		if err := config.Write(filepath.Join(dir, site.ConfigFile), site.Config{
-			Name: n, Hub: dial, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, Mark: mark,
+			Name: n, Hub: dial, Proxy: r.opt.SiteProxy, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, Mark: mark,
 		}); err != nil {
 			return out, diskProblem(err, r.out)
 		}

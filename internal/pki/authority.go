@@ -23,6 +23,8 @@ const (
 	skew = 5 * time.Minute
 	// authorityLife is how long an authority may issue. No certificate outlives the authority that issued it.
 	authorityLife = 10 * 365 * 24 * time.Hour
+	// Organization is in the names of every authority and of all that they issue.
+	Organization = "Pergola"
 	// maxPEM bounds what is read as a certificate request or from a certificate file, in bytes.
 	maxPEM = 64 << 10
 )
@@ -47,14 +49,14 @@ func NewAuthority(name string) (*Authority, error) {
 	now := time.Now()
 	der, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
 		SerialNumber:          serial,
-		Subject:               pkix.Name{CommonName: name, Organization: []string{"Pergola"}},
+		Subject:               pkix.Name{CommonName: name, Organization: []string{Organization}},
 		NotBefore:             now.Add(-skew),
 		NotAfter:              now.Add(authorityLife),
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 		BasicConstraintsValid: true,
 		IsCA:                  true,
 		MaxPathLenZero:        true, // it issues identities, never another authority
-	}, &x509.Certificate{Subject: pkix.Name{CommonName: name, Organization: []string{"Pergola"}}}, key.Public(), key)
+	}, &x509.Certificate{Subject: pkix.Name{CommonName: name, Organization: []string{Organization}}}, key.Public(), key)
 	if err != nil {
 		return nil, problem.Wrap(err, problem.Internal, "", "no certificate authority could be made")
 	}
@@ -128,7 +130,7 @@ func (a *Authority) Issue(pub crypto.PublicKey, id Identity, hosts []string, ttl
 	now := time.Now()
 	t := &x509.Certificate{
 		SerialNumber: serial,
-		Subject:      pkix.Name{CommonName: id.Name, OrganizationalUnit: []string{string(id.Kind)}, Organization: []string{"Pergola"}},
+		Subject:      pkix.Name{CommonName: id.Name, OrganizationalUnit: []string{string(id.Kind)}, Organization: []string{Organization}},
 		NotBefore:    now.Add(-skew),
 		NotAfter:     now.Add(ttl),
 		KeyUsage:     x509.KeyUsageDigitalSignature,
@@ -238,7 +240,7 @@ func (k Keypair) Identity() (Identity, error) {
 	if err != nil {
 		return Identity{}, err
 	}
-	return certIdentity(c.Leaf)
+	return CertIdentity(c.Leaf)
 }
 
 // SaveKeypair writes dir/name.crt, dir/name.key and dir/ca.crt, each 0600 and each replaced as a whole.

@@ -240,7 +240,7 @@ func FuzzSign(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if id, err := certIdentity(c); err != nil || id != allowed || c.IsCA || len(c.DNSNames) != 0 {
+		if id, err := CertIdentity(c); err != nil || id != allowed || c.IsCA || len(c.DNSNames) != 0 {
 			t.Errorf("signed %v (%v), allowed %v", id, err, allowed)
 		}
 	})

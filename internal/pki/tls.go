@@ -4,6 +4,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"net"
 	"slices"
 
 	"github.com/pergolafl/pergola/internal/problem"
@@ -50,7 +51,7 @@ func Peer(cs tls.ConnectionState) (Identity, error) {
 		return Identity{}, problem.New(problem.Denied, "connect with the certificate that the hub's authority issued",
 			"the other end showed no certificate")
 	}
-	return certIdentity(cs.PeerCertificates[0])
+	return CertIdentity(cs.PeerCertificates[0])
 }
 
 // Expect is [Peer] for those who take identities of some kinds only; another kind is a denied problem.
@@ -77,13 +78,28 @@ func orList(kinds []Kind) string {
 	return s
 }
 
-// certIdentity gives the one identity of a certificate.
-func certIdentity(c *x509.Certificate) (Identity, error) {
+// CertIdentity gives the one identity of a certificate, a denied problem if it has none; validity and signature are not looked at.
+func CertIdentity(c *x509.Certificate) (Identity, error) {
 	if len(c.URIs) != 1 {
 		return Identity{}, problem.New(problem.Denied, "have the certificate issued again by this hub's authority",
 			"the certificate of %q has %d identities instead of one", clip(c.Subject.CommonName), len(c.URIs))
 	}
 	return ParseIdentity(c.URIs[0].String())
+}
+
+// Alert gives the code (RFC 8446, 6.2) of the alert with which the other end has ended a handshake or a connection.
+func Alert(err error) (uint8, bool) {
+	op, ok := errors.AsType[*net.OpError](err)
+	if !ok || op.Op != "remote error" {
+		return 0, false
+	}
+	// Over TCP crypto/tls gives a type of its own, which can only be told by its text.
+	for code := range uint8(121) {
+		if op.Err.Error() == tls.AlertError(code).Error() {
+			return code, true
+		}
+	}
+	return 0, false
 }
 
 // Explain turns the error of a TLS handshake that this end broke off over the other end's certificate, or the
@@ -106,8 +122,8 @@ func Explain(err error) *problem.Error {
 		}
 		return problem.Wrap(err, problem.Denied, "have it issued again for this purpose", "the other end's certificate is not made for this")
 	}
-	if e, ok := errors.AsType[tls.AlertError](err); ok {
-		switch uint8(e) { // RFC 8446, 6.2
+	if code, ok := Alert(err); ok {
+		switch code {
 		case 42, 43, 44, 45, 46, 48, 49, 116:
 			return problem.Wrap(err, problem.Denied, "have this end's certificate issued again by the hub's authority, and check the clocks of both machines",
 				"the other end refused this end's certificate")

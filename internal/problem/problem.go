@@ -23,6 +23,8 @@ const (
 	Exists         Code = "exists"          // a thing with that name exists already
 	Denied         Code = "denied"          // the identity may not do that
 	HubUnreachable Code = "hub-unreachable" // the hub does not answer
+	ProxyFailed    Code = "proxy-failed"    // the HTTP or SOCKS proxy on the way to the hub lets nothing through
+	TLSIntercepted Code = "tls-intercepted" // a middle box on the way to the hub decrypts the connection
 	Version        Code = "version"         // the two programs speak different protocol versions
 	Internal       Code = "internal"        // a defect of Pergola
 )
@@ -107,6 +109,15 @@ func From(err error) *Error {
 		return e
 	}
 	return &Error{Code: Internal, Msg: "something failed that should not", Err: err, Next: "please report this with the job's logs"}
+}
+
+// IsUnreachable tells whether err is about the way to the hub, which may be better at another time, and not the hub's answer.
+func IsUnreachable(err error) bool {
+	switch CodeOf(err) {
+	case HubUnreachable, ProxyFailed, TLSIntercepted:
+		return true
+	}
+	return false
 }
 
 // CodeOf gives the code of the problem in err: Internal for a foreign error, empty for nil.

@@ -21,7 +21,6 @@ import (
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/link"
-	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/proc"
 	"github.com/pergolafl/pergola/internal/pyenv"
@@ -415,35 +414,6 @@ func (r *runner) site(ctx context.Context) error {
 		}
 	})
 	return g.Wait()
-}
-
-// dial opens the link, trying again until the job's start-timeout is over.
-func (r *runner) dial(ctx context.Context) (*link.Session, error) {
-	pair, err := pki.LoadKeypair(r.dir, certName)
-	if err != nil {
-		return nil, err
-	}
-	cert, err := pair.Certificate()
-	if err != nil {
-		return nil, err
-	}
-	roots, err := pair.Roots()
-	if err != nil {
-		return nil, err
-	}
-	conf := pki.ClientTLS(cert, roots, pki.HubName, link.ALPN)
-	transport := func(ctx context.Context) (net.Conn, error) {
-		d := tlsDialer(conf)
-		return d.DialContext(ctx, "tcp", r.spec.Hub)
-	}
-	s, err := link.Dial(ctx, transport, link.Options{Log: r.log, Retry: r.spec.Spec.StartTimeout.Or(job.DefaultStartTimeout).Std(), Tolerance: r.tolerance()})
-	if err != nil {
-		if c := context.Cause(ctx); errors.Is(c, errStop) || errors.Is(c, errKill) {
-			return nil, c
-		}
-		return nil, problem.Wrap(err, problem.LinkLost, "check that the site reaches the hub's port", "%s could not open its link to the hub", r.spec.Party)
-	}
-	return s, nil
 }
 
 // grace is how long programs may take to end: none when the end is to be at once.

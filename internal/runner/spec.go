@@ -52,9 +52,10 @@ type Spec struct {
 	Results string `json:"results,omitempty"` // hub's party: the server app's working directory
 	Cache   string `json:"cache"`             // environments and probes, shared by jobs
 
-	Python   string `json:"python,omitempty"`   // interpreter to build environments with; "" = the best of PATH
-	Existing bool   `json:"existing,omitempty"` // use Python as it is and build nothing
-	Hub      string `json:"hub,omitempty"`      // site's party: host:port to dial
+	Python   string   `json:"python,omitempty"`   // interpreter to build environments with; "" = the best of PATH
+	Existing bool     `json:"existing,omitempty"` // use Python as it is and build nothing
+	Hub      []string `json:"hub,omitempty"`      // site's party: addresses of the hub, tried in turn; see package uplink
+	Proxy    string   `json:"proxy,omitempty"`    // site's party: the proxy on the way; "" = what the environment says
 
 	Tmp  string `json:"tmp"`  // TMPDIR of the runner and its programs, removed with them; made by Start if empty
 	Mark string `json:"mark"` // in the environment of every program, so that none is overlooked

@@ -191,7 +191,7 @@ func (p *part) start(ctx context.Context, dir, logDir string) (*runner.Handle, e
 	return runner.Start(dir, runner.Spec{
 		Job: p.id, Party: a.conf.Name, Index: int(p.first.GetIndex()), Count: int(p.first.GetCount()), Spec: spec,
 		Bundle: bundleDir, Logs: logDir, Cache: a.conf.Cache, Python: a.conf.Python, Existing: a.conf.Existing,
-		Hub: a.conf.Hub, Mark: a.mark(p.id),
+		Hub: a.hubs, Proxy: a.conf.Proxy, Mark: a.mark(p.id),
 	})
 }
 
@@ -281,7 +281,7 @@ func (p *part) fetch(ctx context.Context, digest string) (string, error) {
 // final tells whether trying again cannot help.
 func final(err error) bool {
 	p, ok := errors.AsType[*problem.Error](err)
-	return ok && p.Code != problem.HubUnreachable
+	return ok && !problem.IsUnreachable(p)
 }
 
 // refused tells whether the hub will never take what it was told. A hub without space may have some later.

@@ -7,12 +7,12 @@ package site
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -25,6 +25,7 @@ import (
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/pyenv"
+	"github.com/pergolafl/pergola/internal/uplink"
 )
 
 // ConfigFile is the configuration's name in the agent's directory.
@@ -33,7 +34,8 @@ const ConfigFile = "site.toml"
 // Config is an agent's site.toml.
 type Config struct {
 	Name     string            `toml:"name"`     // the site's name
-	Hub      string            `toml:"hub"`      // host:port
+	Hub      any               `toml:"hub"`      // "host:port", or a list of such that are tried in turn
+	Proxy    string            `toml:"proxy"`    // on the way to the hub: http://user:password@host:port, or "direct"; "" = as the environment says
 	Python   string            `toml:"python"`   // interpreter for the site's side of jobs; "" = the best of PATH
 	Existing bool              `toml:"existing"` // use Python as it is, build no environments
 	Cache    string            `toml:"cache"`    // environments; "" = the user's cache folder
@@ -45,8 +47,8 @@ type Config struct {
 type Agent struct {
 	dir    string
 	conf   Config
+	hubs   []string // its addresses
 	log    *slog.Logger
-	tls    *tls.Config
 	client *api.Client
 
 	mu    sync.Mutex // guards the rest
@@ -66,8 +68,8 @@ func Open(dir string, log *slog.Logger) (*Agent, error) {
 	if err := job.CheckName("site", a.conf.Name); err != nil {
 		return nil, err
 	}
-	if a.conf.Hub == "" {
-		return nil, problem.New(problem.Usage, "add hub = \"HOST:PORT\"", "%s names no hub", filepath.Join(dir, ConfigFile))
+	if a.hubs, err = a.conf.hubs(filepath.Join(dir, ConfigFile)); err != nil {
+		return nil, err
 	}
 	if a.conf.Cache == "" {
 		a.conf.Cache = pyenv.DefaultCache()
@@ -87,7 +89,9 @@ func Open(dir string, log *slog.Logger) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a.tls = pki.ClientTLS(cert, roots, pki.HubName)
+	if a.client, err = api.Dial(uplink.Config{Hubs: a.hubs, Proxy: a.conf.Proxy, TLS: pki.ClientTLS(cert, roots, pki.HubName)}); err != nil {
+		return nil, inFile(err, filepath.Join(dir, ConfigFile))
+	}
 	for _, d := range []string{"jobs", "bundles"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
 			return nil, err
@@ -96,9 +100,43 @@ func Open(dir string, log *slog.Logger) (*Agent, error) {
 	return a, nil
 }
 
+// hubs gives the addresses of hub, a text or a list of texts.
+func (c *Config) hubs(path string) ([]string, error) {
+	const next = `write hub = "HOST:PORT", or hub = ["HOST:PORT", "HOST:PORT"] for addresses to be tried in turn`
+	var out []string
+	switch v := c.Hub.(type) {
+	case nil:
+	case string:
+		out = []string{v}
+	case []string:
+		out = v
+	case []any:
+		for _, e := range v {
+			s, ok := e.(string)
+			if !ok {
+				return nil, problem.New(problem.Usage, next, "%s: hub has something that is no text", path)
+			}
+			out = append(out, s)
+		}
+	default:
+		return nil, problem.New(problem.Usage, next, "%s: hub is neither a text nor a list of texts", path)
+	}
+	if len(out) == 0 || len(out) == 1 && out[0] == "" {
+		return nil, problem.New(problem.Usage, next, "%s names no hub", path)
+	}
+	return out, nil
+}
+
+// inFile has a usage problem name the file.
+func inFile(err error, path string) error {
+	if p, ok := errors.AsType[*problem.Error](err); ok && p.Code == problem.Usage {
+		return problem.Wrap(p.Err, p.Code, p.Next, "%s: %s", path, p.Msg)
+	}
+	return err
+}
+
 // Run keeps what the hub wants until ctx is done. Runners go on without the agent.
 func (a *Agent) Run(ctx context.Context) error {
-	a.client = api.NewClient(a.conf.Hub, a.tls)
 	defer a.client.Close()
 	var wg sync.WaitGroup
 	defer wg.Wait()
@@ -118,7 +156,7 @@ func (a *Agent) Run(ctx context.Context) error {
 			bo.Reset()
 		}
 		wait := bo.NextBackOff()
-		a.log.Warn("the hub is not there", "hub", a.conf.Hub, "err", err, "retry", wait)
+		a.log.Warn("the hub is not there", "hub", strings.Join(a.hubs, ", "), "err", err, "retry", wait)
 		select {
 		case <-time.After(wait):
 		case <-ctx.Done():
@@ -146,7 +184,7 @@ func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) error {
 			return err
 		}
 		if first {
-			a.log.Info("connected", "hub", a.conf.Hub)
+			a.log.Info("connected", "hub", strings.Join(a.hubs, ", "))
 		}
 		a.reconcile(ctx, wg, m.GetParties())
 	}
