@@ -24,7 +24,6 @@ const (
 	statusFinished = "finished"
 
 	subCompleted = "completed"
-	subFailed    = "failed"
 	subStopped   = "stopped"
 )
 

@@ -21,6 +21,7 @@ const (
 	NodeReady       EventKind = "node-ready"       // a supernode is known to the superlink
 	Progress        EventKind = "progress"         // work moves: a message came or went, the server app printed
 	Warning         EventKind = "warning"          // Message
+	Note            EventKind = "note"             // Message: of use to who looks back
 )
 
 // Phases of a round's metrics.

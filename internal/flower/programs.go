@@ -178,6 +178,10 @@ func (p *party) start(name, log, prefix string, args []string, onLine func(strin
 		OnLine: func(line string) { onLine(plain(line)) }, OnLogError: p.onLogError,
 	})
 	if err != nil {
+		p.events.emit(Event{Kind: ProgramEnded, Program: name, Exit: proc.Exit{Code: proc.ExitCannotStart}, Tail: []string{err.Error()}})
+		if e, ok := errors.AsType[*problem.Error](err); ok && e.Log == "" {
+			e.Log = log
+		}
 		return nil, err
 	}
 	p.events.emit(Event{Kind: ProgramStarted, Program: name, Pid: process.Pid()})
@@ -193,12 +197,33 @@ func (p *party) ended(name string, process *proc.Process) {
 func died(name, log string, process *proc.Process) *problem.Error {
 	exit := process.Exit()
 	code, next := problem.ProgramFailed, "see the end of "+log
-	if exit.OOM {
-		code, next = problem.OutOfMemory, "give the machine more memory, or the app less work at a time"
+	switch {
+	case exit.OOM:
+		code, next = problem.OutOfMemory, moreMemory(log)
+	case fromOutside(exit):
+		next = killedNext(log)
 	}
 	e := problem.New(code, next, "%s ended unexpectedly (%s)%s", name, exit, lastWords(process.Tail(20)))
 	e.Log = log
 	return e
+}
+
+// fromOutside tells whether a signal that a program does not raise by itself has ended it. Of the others (SIGSEGV, SIGABRT
+// and so on) its own code is the cause.
+func fromOutside(exit proc.Exit) bool {
+	switch exit.Signal {
+	case syscall.SIGKILL, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT:
+		return true
+	}
+	return false
+}
+
+func killedNext(log string) string {
+	return "find out who ended it (dmesg tells of kills by the kernel); its last lines are in " + log
+}
+
+func moreMemory(log string) string {
+	return "give the machine more memory, or the app less work at a time; its last lines are in " + log
 }
 
 // lastWords quotes the last lines that say something, for a message of one sentence.

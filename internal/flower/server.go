@@ -37,8 +37,9 @@ type ServerConfig struct {
 	RunConfig    []string // overrides, see ParseRunConfig
 	Database     string   // "" keeps the superlink's state in memory
 	ReadyTimeout time.Duration
-	Party        string    // behind the prefix of echoed lines
-	Echo         io.Writer // nil: no echo
+	StopGrace    time.Duration // for a run to be stopped by way of Flower before programs are; 0 is DefaultStopGrace, less is none
+	Party        string        // behind the prefix of echoed lines
+	Echo         io.Writer     // nil: no echo
 	OnEvent      func(Event)
 	OnLogError   func(error)
 }
@@ -66,6 +67,7 @@ type Server struct {
 	nodes    int
 	changed  chan struct{} // closed and replaced when nodes changes
 	stopping bool
+	finished bool    // the run has finished, or was asked to stop
 	lastApp  *raised // the newest exception of the server app
 }
 
@@ -97,6 +99,9 @@ func StartServer(ctx context.Context, cfg ServerConfig) (*Server, error) {
 	}
 	if s.cfg.ReadyTimeout <= 0 {
 		s.cfg.ReadyTimeout = DefaultReadyTimeout
+	}
+	if s.cfg.StopGrace == 0 {
+		s.cfg.StopGrace = DefaultStopGrace
 	}
 	if w := cfg.Install.Warning; w != "" {
 		s.party.events.emit(Event{Kind: Warning, Message: w})
@@ -358,13 +363,20 @@ func (s *Server) handle(events []Event) {
 }
 
 // Stop ends the server app, then the superlink and everything that they started, each within grace,
-// then by force. It is idempotent and waits until all are gone.
+// then by force. A run that goes on is stopped by way of Flower first, for at most the StopGrace of the
+// configuration, unless grace is 0. It is idempotent and waits until all are gone.
 func (s *Server) Stop(grace time.Duration) {
 	s.mu.Lock()
 	s.stopping = true
 	app := s.app
 	s.mu.Unlock()
+	if grace > 0 {
+		s.stopRun(context.Background())
+	}
 	if app != nil {
+		if grace > 0 && s.cfg.Install.Caps.Generation == GenDriver {
+			grace = max(grace, s.cfg.StopGrace) // its SIGTERM is how this generation's runs are stopped
+		}
 		app.Stop(grace)
 	}
 	s.link.Stop(grace)
@@ -465,12 +477,14 @@ func (s *Server) appError(how, log string, tail []string, exit proc.Exit) error 
 	e := problem.New(problem.AppError, "correct the app; the traceback is in "+log, "the server app failed (%s)%s", how, lastWords(tail))
 	switch {
 	case exit.OOM:
-		e.Code, e.Next = problem.OutOfMemory, "give the machine more memory, or the app less work at a time"
+		e.Code, e.Next = problem.OutOfMemory, moreMemory(log)
+	case fromOutside(exit):
+		e.Code, e.Next = problem.ProgramFailed, killedNext(log)
 	case last != nil:
 		e.Msg = "the server app raised " + last.exception
 		if module, ok := missingModule(last.exception); ok {
 			e.Code = problem.DependencyMissing
-			e.Next = fmt.Sprintf("add the package that has the module %q to dependencies in the app's pyproject.toml", module)
+			e.Next = fmt.Sprintf("add the package that has the module %q to dependencies in the app's pyproject.toml; the traceback is in %s", module, log)
 		}
 	}
 	e.Log = log
@@ -578,10 +592,16 @@ func (s *Server) watch(ctx context.Context, run uint64) error {
 	s.mu.Lock()
 	s.run = run
 	s.mu.Unlock()
-	sctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+	s.party.events.emit(Event{Kind: ProgramStarted, Program: ProgramServerApp}) // by the superlink: its pid is not told
 	out := s.newAppLog()
 	defer out.close()
+	exit, ooms := proc.Exit{Code: proc.ExitFatal}, proc.OOMKills()
+	defer func() {
+		s.party.events.emit(Event{Kind: ProgramEnded, Program: ProgramServerApp, Exit: exit, Tail: out.tail})
+	}()
+	// What it says while it is being stopped is read, too.
+	sctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
 	ended := make(chan struct{}, 1)
 	var reader sync.WaitGroup
 	defer reader.Wait()
@@ -626,6 +646,7 @@ func (s *Server) watch(ctx context.Context, run uint64) error {
 				gone = time.Now()
 			}
 		case <-ctx.Done():
+			exit = s.stopRun(sctx)
 			return ctxError(ctx, "run the server app")
 		case <-s.done:
 			if err := s.Failure(); err != nil {
@@ -643,21 +664,26 @@ func (s *Server) watch(ctx context.Context, run uint64) error {
 					select {
 					case <-ended:
 					case <-time.After(drainTime):
-					case <-ctx.Done():
+					case <-s.done:
 					}
 				}
 				cancel()
 				reader.Wait()
 				out.close()
+				s.runEnded()
+				exit = exitOfRun(st)
 				return s.verdict(st, out.tail)
 			}
 			if !gone.IsZero() && time.Since(gone) > deadTime {
 				cancel()
 				reader.Wait()
 				out.close()
-				return s.appError("its process ended without a result", ServerAppLog, out.tail, proc.Exit{})
+				s.runEnded()
+				exit.OOM = proc.OOMKilled(ooms)
+				return s.processGone(out.tail, exit.OOM)
 			}
 		case ctx.Err() != nil:
+			exit = s.stopRun(sctx)
 			return ctxError(ctx, "run the server app")
 		default:
 			if failures++; failures > 20 {
@@ -665,6 +691,22 @@ func (s *Server) watch(ctx context.Context, run uint64) error {
 			}
 		}
 	}
+}
+
+// processGone is the problem of a server app whose process is no more while its run goes on: the superlink has not seen
+// how it ended. What it raised would have been its last lines; without, it was ended from outside, or by a call like
+// os._exit, and nothing tells which (some versions of flwr report the latter, so mostly it was the former).
+func (s *Server) processGone(tail []string, oom bool) error {
+	s.mu.Lock()
+	raised := s.lastApp != nil
+	s.mu.Unlock()
+	if raised || oom {
+		return s.appError("its process ended without a result", ServerAppLog, tail, proc.Exit{OOM: oom})
+	}
+	e := problem.New(problem.ProgramFailed, killedNext(ServerAppLog)+", unless the app ends its own process (os._exit)",
+		"the server app failed (its process ended without a result)%s", lastWords(tail))
+	e.Log = ServerAppLog
+	return e
 }
 
 // verdict is what a finished run's state means.

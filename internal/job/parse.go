@@ -13,6 +13,7 @@ import (
 	"github.com/pelletier/go-toml/v2/unstable"
 
 	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/proc"
 )
 
 // MaxPyproject is the largest pyproject.toml in bytes that is read. Real ones have a few KiB; the
@@ -198,6 +199,17 @@ func (p *specReader) value(key []string, v any, dst reflect.Value) {
 			wrong("true or false", "write it without quotes")
 		}
 	case []string:
+		if command, ok := v.(string); ok && slices.Equal(key, []string{"server", "args"}) {
+			// A command line in one string, as the reference system has it: cut as a shell would, without one.
+			words, err := proc.Split(command)
+			if err != nil {
+				e := problem.From(err)
+				p.fault(key, e.Msg, e.Next)
+				return
+			}
+			dst.Set(reflect.ValueOf(words))
+			return
+		}
 		list, ok := v.([]any)
 		if !ok {
 			wrong("a list of strings", `write it like ["a", "b"]`)

@@ -64,7 +64,7 @@ type App struct {
 
 // Server is what the job wants on the hub's side.
 type Server struct {
-	Args         []string          `json:"args,omitempty" toml:"args"`                  // to the server app
+	Args         []string          `json:"args,omitempty" toml:"args"`                  // to the server app; in the file a list, or one string that is split as a shell would
 	Database     string            `json:"database,omitempty" toml:"database"`          // to the superlink
 	ReadyTimeout Duration          `json:"ready-timeout,omitzero" toml:"ready-timeout"` // until the superlink serves
 	StopGrace    Duration          `json:"stop-grace,omitzero" toml:"stop-grace"`       // between asking Flower to stop the run and ending the superlink
@@ -271,6 +271,9 @@ func (s Spec) faults() []fault {
 			add("a duration cannot be negative", durationRule, d.key...)
 		}
 	}
+	if s.Server.StopGrace > maxStopGrace {
+		add(fmt.Sprintf("%s is too long: the end of a job would take as long", s.Server.StopGrace), "give "+maxStopGrace.String()+" at most", "server", "stop-grace")
+	}
 	for _, p := range s.Exclude {
 		if _, err := path.Match(p, ""); err != nil || p == "" {
 			add(fmt.Sprintf("%q is not a pattern", p), `write patterns like "*.csv" or "data/*"`, "exclude")
@@ -327,6 +330,9 @@ func (s Site) faults(add func(msg, next string, key ...string), at ...string) {
 		}
 	}
 }
+
+// maxStopGrace keeps the end of the hub's party within what its starter waits for (runner.Handle.Keep).
+const maxStopGrace = Duration(10 * time.Second)
 
 // maxRestarts is more than any job can make use of.
 const maxRestarts = 1000

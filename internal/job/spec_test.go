@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"math"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -57,6 +58,21 @@ func TestParseSpecReadsTheWholeTable(t *testing.T) {
 }
 
 const topKeys = "deadline, engine, exclude, join-wait, mandatory-sites, min-sites, no-progress, outage-tolerance, server, site, sites, start-timeout, strict-clients"
+
+// The server app's arguments may be one string, which is cut into words as a shell would, without one.
+func TestArgsAsString(t *testing.T) {
+	for in, want := range map[string][]string{
+		`"--run-config 'a=1 b=\"two words\"' --x"`: {"--run-config", `a=1 b="two words"`, "--x"},
+		`'''--run-config "a=$(id)" ; rm *'''`:      {"--run-config", "a=$(id)", ";", "rm", "*"},
+		`["--run-config", "a=1 b=2"]`:              {"--run-config", "a=1 b=2"},
+		`""`:                                       nil,
+	} {
+		got, err := ParseSpec([]byte("[tool.pergola.server]\nargs = "+in), "p.toml")
+		if err != nil || !slices.Equal(got.Server.Args, want) {
+			t.Errorf("%s: %q, %v; want %q", in, got.Server.Args, err, want)
+		}
+	}
+}
 
 func TestParseSpecFaults(t *testing.T) {
 	for _, c := range []struct {
@@ -127,6 +143,9 @@ func TestParseSpecFaults(t *testing.T) {
 		{"a bad duration", "[tool.pergola]\ndeadline = '6 hours'", `p.toml:2: tool.pergola.deadline: "6 hours" is not a duration; next: ` + durationRule},
 		{"a negative duration", "[tool.pergola.server]\nready-timeout = '-1s'", `p.toml:2: tool.pergola.server.ready-timeout: "-1s" is not a duration; next: ` + durationRule},
 		{"a time for a string", "[tool.pergola]\nengine = 2026-01-01", `p.toml:2: tool.pergola.engine: this is a date or time, and has to be a string; next: put it in quotes`},
+		{"a command with an open quote", "[tool.pergola.server]\nargs = \"--run-config 'a=1\"", `p.toml:2: tool.pergola.server.args: the command "--run-config 'a=1" has a ' without its other half; next: close the quote, or put a backslash before it`},
+		{"a string for another list", "[tool.pergola]\nsites = 'a b'", `p.toml:2: tool.pergola.sites: this is a string, and has to be a list of strings; next: write it like ["a", "b"]`},
+		{"a long stop-grace", "[tool.pergola.server]\nstop-grace = '1m'", `p.toml:2: tool.pergola.server.stop-grace: 1m is too long: the end of a job would take as long; next: give 10s at most`},
 		{"a mixed list", "[tool.pergola]\nsites = ['a', 1]", `p.toml:2: tool.pergola.sites: the list holds a whole number, and may hold strings only; next: write it like ["a", "b"]`},
 		{"a bad site", "[tool.pergola]\nsites = ['St Anna']", `p.toml:2: tool.pergola.sites: "St Anna" cannot be the name of a site; next: ` + nameRule},
 		{"the hub as a site", "[tool.pergola]\nsites = ['hub']", `p.toml:2: tool.pergola.sites: no site can be called "hub": that is the hub's own side of a job; next: choose another name`},

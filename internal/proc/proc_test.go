@@ -732,7 +732,7 @@ func TestOOMFiles(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for cgroups, want := range map[string]oomCount{
+	for cgroups, want := range map[string]OOMCount{
 		"0::/a/b\n":                     {2, true},
 		"4:memory:/c\n0::/\n":           {5, true},
 		"4:memory:/old\n0::/\n":         {},

@@ -32,7 +32,7 @@ type Process struct {
 	token string
 	sink  *sink
 	pipes []string // "pipe:[inode]" of each output pipe, as /proc/<pid>/fd shows it
-	oom   oomCount
+	oom   OOMCount
 
 	left chan struct{} // closed when the leader has ended, maybe before it is reaped
 	done chan struct{} // closed when nothing is left of it

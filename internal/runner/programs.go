@@ -225,7 +225,7 @@ func (r *runner) hub(ctx context.Context) error {
 		srv, err = flower.StartServer(gctx, flower.ServerConfig{
 			Install: p.inst, AppDir: p.dir, RunDir: r.spec.Results, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Env: p.env,
 			Args: r.spec.Spec.Server.Args, RunConfig: r.spec.Spec.RunConfig, Database: r.spec.Spec.Server.Database,
-			ReadyTimeout: r.spec.Spec.Server.ReadyTimeout.Std(), Party: r.spec.Party, OnEvent: r.event, OnLogError: r.diskError,
+			ReadyTimeout: r.spec.Spec.Server.ReadyTimeout.Std(), StopGrace: time.Duration(r.spec.Spec.Server.StopGrace), Party: r.spec.Party, OnEvent: r.event, OnLogError: r.diskError,
 		})
 		if err != nil {
 			return err

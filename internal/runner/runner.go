@@ -266,6 +266,9 @@ func (r *runner) event(e flower.Event) {
 		r.note(job.KindClientFailure, job.ClientFailure{Round: e.Round, Count: e.Failures, Message: e.Message, Exception: e.Exception, Traceback: e.Traceback})
 	case flower.Warning:
 		r.note(job.KindWarning, job.Text{Message: e.Message})
+	case flower.Note:
+		r.log.Info(e.Message)
+		r.note(job.KindNote, job.Text{Message: e.Message})
 	case flower.AppException:
 		r.progressed(e.Exception) // the app may catch it and go on; if not, it is in the run's cause
 	case flower.NodeReady, flower.Progress:

@@ -162,7 +162,7 @@ var endings = []ending{
 	{
 		name: "the server app is killed",
 		app:  "slow", args: sleepy, act: inRound(program("hub", "flower-server-app")),
-		code: problem.AppError, party: "hub", says: []string{"killed"},
+		code: problem.ProgramFailed, party: "hub", says: []string{"server app", "killed"}, next: "server_app_log.txt",
 	},
 	{
 		name: "the hub is killed",
