@@ -387,7 +387,9 @@ func (r *runner) site(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	// The relay goes last, so that the supernode can take its leave of the superlink.
 	relaying, stopRelay := context.WithCancel(context.WithoutCancel(ctx))
-	g.Go(func() error { return ignoreDone(relaying, relay.Listen(relaying, ln, fleetAPI, sess.Open)) })
+	g.Go(func() error {
+		return ignoreDone(relaying, relay.Listen(relaying, sock.OwnUser(ln, r.log), fleetAPI, sess.Open))
+	})
 	g.Go(func() error {
 		defer stopRelay()
 		c, err := flower.StartClient(gctx, flower.ClientConfig{
