@@ -47,6 +47,7 @@ var layer = map[string]int{
 	"fleet":   2,
 	"flower":  2,
 	"launch":  2,
+	"metrics": 2,
 	"native":  2,
 	"nvflare": 2,
 	"pyenv":   2,

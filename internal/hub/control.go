@@ -29,13 +29,14 @@ type control struct {
 	hub *Hub
 	id  job.ID
 
-	want   *runner.Want  // of the hub's own party
-	runner chan struct{} // closed when the hub's party is over; nil before its start
-	cursor int64         // the last event that was looked at
-	moved  time.Time     // the last event that shows progress
-	prep   time.Time     // the last event that shows progress of the preparation
-	over   bool          // the app has finished
-	ending time.Time     // since when the job is stopping
+	want     *runner.Want  // of the hub's own party
+	runner   chan struct{} // closed when the hub's party is over; nil before its start
+	cursor   int64         // the last event that was looked at
+	moved    time.Time     // the last event that shows progress
+	prep     time.Time     // the last event that shows progress of the preparation
+	over     bool          // the app has finished
+	ending   time.Time     // since when the job is stopping
+	exported bool          // the metrics, or it was tried
 
 	mu     sync.Mutex // guards the rest
 	kill   bool
@@ -395,6 +396,7 @@ func (c *control) stopping(ctx context.Context, j job.Job, ps []job.Party, due *
 		}
 	}
 	if len(all) == 0 {
+		c.exportMetrics(ctx, j, ps)
 		return c.hub.db.Move(ctx, j.ID, j.State.Outcome(j.Cause), j.Cause, "", due.now)
 	}
 	if due.passed(c.ending, stopPatience) {

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
 	"syscall"
@@ -14,6 +15,7 @@ import (
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/logs"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -123,6 +125,7 @@ func (r *run) tail(ctx context.Context, c *api.Client, id job.ID) error {
 	}
 	defer s.Close()
 	rest := map[string][]byte{}
+	var live liveMetrics
 	for {
 		m, err := s.Receive()
 		if err != nil {
@@ -138,6 +141,12 @@ func (r *run) tail(ctx context.Context, c *api.Client, id job.ID) error {
 			return nil
 		}
 		ch := m.GetChunk()
+		if ch.GetFile() == logs.MetricsFile {
+			if r.opt.Level <= slog.LevelDebug {
+				live.show(ch, r.line)
+			}
+			continue
+		}
 		key := ch.GetParty() + "/" + ch.GetFile()
 		b := append(rest[key], ch.GetData()...)
 		for {

@@ -42,7 +42,7 @@ func Follow(ctx context.Context, path string, done <-chan struct{}, offset int64
 	return f.run(ctx, done)
 }
 
-// FollowDir follows all files *.txt and *.log of dir (not of folders below it; no links), those that
+// FollowDir follows all files *.txt and *.log, and MetricsFile, of dir (not of folders below it; no links), those that
 // are there and those that appear, as Follow does. start has the offsets to begin at by name, 0 for a
 // file that it lacks; it is not changed. fn is called by one goroutine only, the caller's. A file that cannot
 // be read any more, or became shorter (ErrTruncated), does not hold back the others: it is left alone, and its

@@ -34,8 +34,11 @@ var ErrTruncated = errors.New("the log became shorter than what was already read
 // MaxName is the length in bytes that ValidName allows.
 const MaxName = 128
 
+// MetricsFile is the one log that is not text for people: a JSON object per line (package metrics).
+const MetricsFile = "metrics.jsonl"
+
 // ValidName tells whether name can be that of a log: a plain file name of letters, digits, '.', '_'
-// and '-' which begins with a letter or digit and ends with ".txt" or ".log". Whoever takes names
+// and '-' which begins with a letter or digit and ends with ".txt" or ".log", or MetricsFile. Whoever takes names
 // from a peer asks here before joining them to a directory.
 func ValidName(name string) error {
 	ok := len(name) <= MaxName && isLog(name)
@@ -58,8 +61,11 @@ func ValidName(name string) error {
 
 // isLog tells which files of a directory FollowDir follows.
 func isLog(name string) bool {
-	return strings.HasSuffix(name, ".txt") || strings.HasSuffix(name, ".log")
+	return strings.HasSuffix(name, ".txt") || strings.HasSuffix(name, ".log") || name == MetricsFile
 }
+
+// Open opens the log at path for reading; a link or anything else that is no regular file is refused.
+func Open(path string) (*os.File, error) { return openRegular(path, os.O_RDONLY) }
 
 // Append puts data at offset of the file at path, which it creates (mode 0600) if there is none; the
 // folder must exist. Bytes that the file has already are skipped, so a repeated call changes nothing.

@@ -187,7 +187,7 @@ func fillDisk(dir string) int {
 
 func TestValidName(t *testing.T) {
 	for name, ok := range map[string]bool{
-		"superlink.txt": true, "server-app.log": true, "0_a.b.txt": true, strings.Repeat("a", 124) + ".txt": true,
+		"superlink.txt": true, "server-app.log": true, "0_a.b.txt": true, "metrics.jsonl": true, "other.jsonl": false, strings.Repeat("a", 124) + ".txt": true,
 		"": false, ".txt": false, "a": false, "../a.txt": false, "a/b.txt": false, "-a.txt": false, "a b.txt": false, ".a.log": false,
 		"ä.txt": false, "a\n.txt": false, strings.Repeat("a", 125) + ".txt": false,
 	} {

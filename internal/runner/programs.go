@@ -21,6 +21,7 @@ import (
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/link"
+	"github.com/pergolafl/pergola/internal/metrics"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/proc"
 	"github.com/pergolafl/pergola/internal/pyenv"
@@ -36,13 +37,14 @@ const (
 
 // prepared is what both sides of a job need before their programs start.
 type prepared struct {
-	app   *flower.App
-	inst  *flower.Installation
-	dir   string // the staged app
-	home  string // FLWR_HOME
-	ip    string // this party's own loopback address
-	claim net.Listener
-	env   []string
+	app     *flower.App
+	inst    *flower.Installation
+	dir     string // the staged app
+	home    string // FLWR_HOME
+	ip      string // this party's own loopback address
+	claim   net.Listener
+	metrics *metrics.Server
+	env     []string
 }
 
 // prepare builds the environment and a copy of the app that Flower may write to.
@@ -92,6 +94,9 @@ func (r *runner) prepare(ctx context.Context) (*prepared, error) {
 	p.env = append(os.Environ(), proc.MarkVar+"="+r.spec.Mark)
 	for k, v := range r.spec.Spec.EnvFor(r.spec.Party) {
 		p.env = append(p.env, k+"="+v)
+	}
+	if err := r.takeMetrics(ctx, p); err != nil {
+		return nil, errors.Join(err, p.claim.Close())
 	}
 	return p, nil
 }
@@ -218,7 +223,7 @@ func (r *runner) hub(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		defer p.claim.Close()
+		defer r.close(p)
 		if err := os.MkdirAll(r.spec.Results, 0o700); err != nil {
 			return err
 		}
@@ -373,7 +378,7 @@ func (r *runner) site(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer p.claim.Close()
+	defer r.close(p)
 	sess, err := r.dial(ctx)
 	if err != nil {
 		return err
