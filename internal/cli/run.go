@@ -435,6 +435,11 @@ func (p *people) event(e localrun.Event) {
 		if e.Decode(&t) == nil {
 			p.say("warning: %s", t.Message)
 		}
+	case job.KindLink:
+		var l job.Link
+		if e.Decode(&l) == nil && !l.Since.IsZero() {
+			p.say("site %s unreachable since %s; its programs go on, and the job waits for it", l.Site, l.Since.Local().Format(time.TimeOnly))
+		}
 	case job.KindNote:
 		var t job.Text
 		if e.Decode(&t) == nil && e.Party == "" {

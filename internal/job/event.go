@@ -33,6 +33,7 @@ const (
 	KindWarning        = "warning"         // Text
 	KindProgress       = "progress"        // Text: a sign that the work moves, a few times a minute at most
 	KindNote           = "note"            // Text
+	KindLink           = "link"            // Link
 )
 
 // JobState is the body of job-state. Only the store writes it, in the transaction of the move.
@@ -146,6 +147,17 @@ type ClientFailure struct {
 // Text is the body of warning and note.
 type Text struct {
 	Message string `json:"message"`
+}
+
+// Link is the body of link: what a site's link has been through in this job so far. It comes with Since when an outage has lasted a while, and
+// without when one is over.
+type Link struct {
+	Site        string    `json:"site"`
+	Since       time.Time `json:"since,omitzero"` // unreachable since then, and still
+	Cuts        int64     `json:"cuts"`           // transports that were lost
+	Resumes     int64     `json:"resumes"`        // outages that ended with the same session
+	ResentBytes int64     `json:"resent_bytes"`   // of both directions
+	DownSeconds float64   `json:"down_seconds"`   // all outages together
 }
 
 // NewEvent makes an event with body as its JSON (nil = none). It fails only where body cannot be

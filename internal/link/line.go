@@ -28,6 +28,8 @@ const (
 	ackDelay = 25 * time.Millisecond
 	// maxAckStep is how many bytes an end lets go unacknowledged at most, where the buffers are of the default size.
 	maxAckStep = 256 << 10
+	// noticeAfter is for how long an outage is nobody's business yet.
+	noticeAfter = 5 * time.Second
 	// maxViolations is how often the other end may break the protocol: damage on the way ends a transport, a defect of
 	// the other end must not go on for ever.
 	maxViolations = 16
@@ -81,6 +83,7 @@ type line struct {
 	expiry     *time.Timer
 	cutAt      time.Time
 	violations int
+	notice     *time.Timer // of an outage that lasts
 	stats      Stats
 }
 
@@ -212,7 +215,7 @@ func (l *line) finishLocked(err error) {
 		return
 	}
 	l.ended, l.err = true, err
-	for _, t := range []*time.Timer{l.linger, l.expiry} {
+	for _, t := range []*time.Timer{l.linger, l.expiry, l.notice} {
 		if t != nil {
 			t.Stop()
 		}
@@ -338,11 +341,14 @@ func (l *line) attachLocked(conn net.Conn, attempt uint32, mine, theirs position
 	if l.attached {
 		outage = &Outage{Peer: l.peer, Cut: l.cutAt, Resumed: time.Now(), Resent: int64(l.high-theirs.received) + int64(theirs.sent-l.received)}
 		l.stats.Resumes++
+		l.stats.Away += outage.Resumed.Sub(outage.Cut)
 	}
 	l.attached = true
 	l.stats.Down = time.Time{}
-	if l.expiry != nil {
-		l.expiry.Stop()
+	for _, t := range []*time.Timer{l.expiry, l.notice} {
+		if t != nil {
+			t.Stop()
+		}
 	}
 	l.ackedLocked(theirs.received, theirs.limit)
 	l.sent = theirs.received
@@ -386,6 +392,18 @@ func (l *line) detachLocked(tr *transport, err error) {
 		}
 	}
 	l.expireLocked()
+	if l.opts.OnCut == nil {
+		return
+	}
+	cut, since := l.stats.Cuts, l.cutAt
+	l.notice = time.AfterFunc(max(noticeAfter-time.Since(since), 0), func() {
+		l.mu.Lock()
+		still := l.tr == nil && l.stats.Cuts == cut && !l.ended && !l.closing
+		l.mu.Unlock()
+		if still {
+			l.opts.OnCut(l.peer, since)
+		}
+	})
 }
 
 // expireLocked ends the line unless it has a transport in time.

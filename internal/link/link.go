@@ -72,6 +72,8 @@ type Options struct {
 	// they are read. One buffer is sent in a round trip at most. 0: [DefaultBuffer], or up to 32 MiB where the round trip at
 	// the session's beginning asks for it.
 	Buffer int
+	// OnCut is told of each outage once, when it has lasted 5 s: whose it is, and since when. It must not block.
+	OnCut func(Peer, time.Time)
 	// OnOutage is told each outage of each session when it is over and the session has resumed. It must not block. An
 	// outage that ends the session is told by its Err alone.
 	OnOutage func(Outage)
@@ -89,12 +91,13 @@ type Outage struct {
 
 // Stats counts what a session has been through.
 type Stats struct {
-	Cuts     int64     // transports that were lost
-	Resumes  int64     // transports that came after one that was lost
-	Resent   int64     // bytes that this end has sent more than once
-	Sent     int64     // bytes that this end has sent, each counted once, frames and handshakes not
-	Received int64     // bytes that have come, counted so too
-	Down     time.Time // since when there is no transport; zero if there is one
+	Cuts     int64         // transports that were lost
+	Resumes  int64         // transports that came after one that was lost
+	Resent   int64         // bytes that this end has sent more than once
+	Sent     int64         // bytes that this end has sent, each counted once, frames and handshakes not
+	Received int64         // bytes that have come, counted so too
+	Away     time.Duration // without a transport, all outages that are over together
+	Down     time.Time     // since when there is no transport; zero if there is one
 }
 
 func (o Options) log() *slog.Logger {

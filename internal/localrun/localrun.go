@@ -76,6 +76,7 @@ type Summary struct {
 	Failures []job.ClientFailure `json:"client_failures,omitempty"`
 	FailedAt []string            `json:"client_failures_at,omitempty"` // the parties, in the order of Failures
 	Warnings []string            `json:"warnings,omitempty"`
+	Link     map[string]job.Link `json:"link,omitempty"` // by site, of those whose link was ever cut
 
 	ended bool // the hub said so
 }

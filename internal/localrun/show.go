@@ -51,6 +51,14 @@ func (r *run) show(e Event) {
 			s.Failures = append(s.Failures, f)
 			s.FailedAt = append(s.FailedAt, e.Party)
 		}
+	case job.KindLink:
+		var l job.Link
+		if e.Decode(&l) == nil && l.Site != "" {
+			if s.Link == nil {
+				s.Link = map[string]job.Link{}
+			}
+			s.Link[l.Site] = l
+		}
 	case job.KindWarning:
 		var t job.Text
 		if e.Decode(&t) == nil && !slices.Contains(s.Warnings, t.Message) {

@@ -12,7 +12,6 @@ import (
 	"sync"
 	"time"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its own name
 	"golang.org/x/sync/errgroup"
 
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
@@ -194,7 +193,8 @@ func claimAddress(ctx context.Context) (string, net.Listener, error) {
 // hub runs the superlink and the server app.
 func (r *runner) hub(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
-	acceptor := link.NewAcceptor(link.Options{Log: r.log, Tolerance: r.tolerance(), OnOutage: r.outage, Allow: func(p link.Peer) error {
+	told := &outages{note: r.note}
+	acceptor := link.NewAcceptor(link.Options{Log: r.log, Tolerance: r.tolerance(), OnCut: told.began, OnOutage: told.over, Allow: func(p link.Peer) error {
 		if p.Job != string(r.spec.Job) {
 			return problem.New(problem.Denied, "", "a link of job %s was sent to job %s", p.Job, r.spec.Job)
 		}
@@ -215,7 +215,7 @@ func (r *runner) hub(ctx context.Context) error {
 	g.Go(gate.Serve)
 	g.Go(func() error {
 		defer gate.Close()
-		return ignoreDone(linked, r.links(linked, acceptor, gate))
+		return ignoreDone(linked, r.links(linked, acceptor, gate, told))
 	})
 	g.Go(func() (err error) {
 		defer unlink()
@@ -313,17 +313,8 @@ func (r *runner) tolerance() time.Duration {
 	return time.Duration(r.spec.Spec.OutageTolerance.Or(job.DefaultOutageTolerance))
 }
 
-// outage notes that a site's link was cut and has resumed. The hub's side does that for both.
-func (r *runner) outage(o link.Outage) {
-	down := o.Resumed.Sub(o.Cut)
-	if down = down.Round(100 * time.Millisecond); down >= 10*time.Second {
-		down = down.Round(time.Second)
-	}
-	r.note(job.KindWarning, job.Text{Message: fmt.Sprintf("the link of %s was down for %v; resumed, %s re-sent", o.Peer.Site, down, human.IBytes(uint64(o.Resent)))})
-}
-
 // links serves each site's session until ctx is done.
-func (r *runner) links(ctx context.Context, a *link.Acceptor, gate *fleet.Gate) error {
+func (r *runner) links(ctx context.Context, a *link.Acceptor, gate *fleet.Gate, told *outages) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	for {
@@ -345,6 +336,7 @@ func (r *runner) links(ctx context.Context, a *link.Acceptor, gate *fleet.Gate) 
 				}
 				return nil, fmt.Errorf("no target is called %q", target)
 			})
+			told.ended(s.Peer(), s.Stats(), time.Now())
 			if err != nil && ctx.Err() == nil {
 				r.log.Info("a site's link has ended", "site", site, "err", err)
 				r.expire(ctx, gate, site)

@@ -39,8 +39,11 @@ func TestThroughAProxyThatRestarts(t *testing.T) {
 	}
 	all := strings.Join(res.Summary.Warnings, "\n")
 	for _, site := range []string{"site-1", "site-2"} {
-		if !strings.Contains(all, site+" was down for ") {
+		if !strings.Contains(all, "site "+site+" was unreachable for ") {
 			t.Errorf("the outage of %s was not told:\n%s", site, all)
+		}
+		if l := res.Summary.Link[site]; l.Cuts < 1 || l.Resumes != l.Cuts || l.DownSeconds < 1 {
+			t.Errorf("the link of %s has the counters %+v", site, l)
 		}
 	}
 	if n := len(p.Asked()); n < 8 { // two agents and two links, each twice
