@@ -54,20 +54,38 @@ func userOf(c net.Conn) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	f, err := os.Open("/proc/thread-self/net/tcp")
+	// Programs may dial an IPv4 address with an IPv6 socket, as gRPC does; the kernel has those in the other table.
+	uid, err := uint64(0), error(nil)
+	for _, table := range []string{"tcp", "tcp6"} {
+		if uid, err = userIn("/proc/thread-self/net/"+table, far, near); err == nil {
+			return uid, nil
+		}
+	}
+	return 0, err
+}
+
+func userIn(table string, local, remote netip.AddrPort) (uint64, error) {
+	f, err := os.Open(table)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
-	return findUser(f, far, near)
+	return findUser(f, local, remote)
 }
+
+// mapped begins an IPv4 address in the table of IPv6 sockets (RFC 4291, 2.5.5.2), in the machine's byte order by words of 32 bits.
+var mapped = func() string {
+	var word [4]byte
+	binary.NativeEndian.PutUint32(word[:], 0x0000ffff)
+	return "0000000000000000" + strings.ToUpper(hex.EncodeToString(word[:]))
+}()
 
 // findUser looks for the socket with the given ends in a table like /proc/net/tcp.
 func findUser(table io.Reader, local, remote netip.AddrPort) (uint64, error) {
 	s := bufio.NewScanner(table)
 	for s.Scan() {
 		f := strings.Fields(s.Text())
-		if len(f) < 8 || f[1] != tableForm(local) || f[2] != tableForm(remote) {
+		if len(f) < 8 || strings.TrimPrefix(f[1], mapped) != tableForm(local) || strings.TrimPrefix(f[2], mapped) != tableForm(remote) {
 			continue
 		}
 		return strconv.ParseUint(f[7], 10, 32)

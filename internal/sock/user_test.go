@@ -29,6 +29,10 @@ func TestFindUser(t *testing.T) {
 	if uid, err := findUser(strings.NewReader(tcpTable), server, client); err != nil || uid != 0 {
 		t.Errorf("the server's user is %d, %v; want 0", uid, err)
 	}
+	const six = "  11: 0000000000000000FFFF00000200407F:C001 0000000000000000FFFF00000100007F:1F90 01 00000000:00000000 00:00000000 00000000  1001 0 1 2 0 20 0 0 10 -1\n"
+	if uid, err := findUser(strings.NewReader(six), client, server); err != nil || uid != 1001 {
+		t.Errorf("the user of a client with an IPv6 socket is %d, %v; want 1001", uid, err)
+	}
 	if uid, err := findUser(strings.NewReader(tcpTable), netip.MustParseAddrPort("127.64.0.2:1"), server); err == nil {
 		t.Errorf("a connection that is not there is of user %d", uid)
 	}
