@@ -92,6 +92,7 @@ fuzz: ## Run every fuzz target for FUZZTIME
 
 .PHONY: soak
 soak: ## Run every fuzz target, and faults of the link by random seeds, for SOAKTIME each
+	$(GO) test ./test/e2e -run TestLargeParameters -big -timeout 30m
 	$(GO) test ./test/chaos -run TestSoak -timeout 0 -soak $(SOAKTIME)
 	tools/fuzz.sh $(SOAKTIME) $(filter-out ./...,$(PKG))
 

@@ -1,0 +1,35 @@
+package e2e
+
+import (
+	"flag"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/localrun"
+)
+
+// Run with -big, parameters are beyond the 2 GiB that a message of gRPC can have (`make soak` does).
+var big = flag.Bool("big", false, "send 2.25 GiB of parameters instead of 256 MiB")
+
+// Large parameters go to a site and come back, every number of them.
+func TestLargeParameters(t *testing.T) {
+	t.Parallel()
+	parts := 2
+	if *big {
+		parts = 18
+	}
+	r := start(t, spec{app: "big", args: []string{"--flwr", newest, "--sites", "1", "--run-config", fmt.Sprintf("mebibytes=%d", parts*128)}})
+	res := r.end()
+	if res.Code != 0 || res.Summary.State != job.Succeeded {
+		t.Fatalf("exit %d, %s", res.Code, causeText(res.Summary))
+	}
+	want := fmt.Sprintf("came back: %d of %d parts, %d bytes seen by the client", parts, parts, parts<<27)
+	for _, e := range res.Events {
+		if e.Kind == localrun.KindLog && strings.Contains(string(e.Body), want) {
+			return
+		}
+	}
+	t.Errorf("the server app did not say %q", want)
+}
