@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -29,30 +30,40 @@ type control struct {
 	hub *Hub
 	id  job.ID
 
-	want     *runner.Want  // of the hub's own party
-	runner   chan struct{} // closed when the hub's party is over; nil before its start
-	cursor   int64         // the last event that was looked at
-	moved    time.Time     // the last event that shows progress
-	prep     time.Time     // the last event that shows progress of the preparation
-	over     bool          // the app has finished
-	ending   time.Time     // since when the job is stopping
-	exported bool          // the metrics, or it was tried
+	runner   chan struct{}   // closed when the hub's party is over; nil before its start
+	cursor   int64           // the last event that was looked at
+	moved    time.Time       // the last event that shows progress
+	prep     time.Time       // the last event that shows progress of the preparation
+	over     bool            // the app has finished
+	ending   time.Time       // since when the job is stopping
+	enough   time.Time       // since when as many sites as the job needs are connected, or ready
+	ready    map[string]bool // parties that have been ready in their present attempt
+	told     map[int64]bool  // what once has stored
+	exported bool            // the metrics, or it was tried
 
-	mu     sync.Mutex // guards the rest
+	mu     sync.Mutex   // guards the rest
+	want   *runner.Want // of the hub's own party
 	kill   bool
 	forced *job.Cause // the end that is decided but could not be stored
 	failed bool       // that storing it failed, too
 }
 
 func newControl(h *Hub, id job.ID) *control {
-	return &control{hub: h, id: id, want: runner.NewWant()}
+	return &control{hub: h, id: id, want: runner.NewWant(), ready: map[string]bool{}, told: map[int64]bool{}}
 }
 
 func (c *control) killNow() {
 	c.mu.Lock()
+	defer c.mu.Unlock()
 	c.kill = true
-	c.mu.Unlock()
 	c.want.Set(pb.Desired_DESIRED_KILL, 0)
+}
+
+// tell sets what the hub's own party should be doing.
+func (c *control) tell(d pb.Desired, sites int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.want.Set(d, sites)
 }
 
 func (c *control) killing() bool {
@@ -118,7 +129,7 @@ func (c *control) trouble(err error, failures int) time.Duration {
 			c.mu.Lock()
 			c.failed = true
 			c.mu.Unlock()
-			c.want.Set(pb.Desired_DESIRED_KILL, 0)
+			c.tell(pb.Desired_DESIRED_KILL, 0)
 		}
 	}
 	return min(time.Duration(failures)*100*time.Millisecond, 2*time.Second)
@@ -170,7 +181,7 @@ func (c *control) step(ctx context.Context, wg *sync.WaitGroup) (over bool, next
 		err = c.queued(ctx, j, &due)
 	case job.Preparing, job.Running:
 		if c.runner == nil && !hubParty(ps).State.Terminal() {
-			if err := c.startHub(ctx, wg, j); err != nil {
+			if err := c.startHub(ctx, wg, j, hubParty(ps)); err != nil {
 				return false, 0, c.hub.stop(ctx, j, problem.From(err))
 			}
 		}
@@ -219,6 +230,7 @@ func (c *control) read(ctx context.Context) error {
 		for _, e := range es {
 			c.cursor = e.Seq
 			c.over = c.over || runner.IsRunOver(e)
+			c.follow(e)
 			switch e.Kind {
 			case job.KindWarning, job.KindNote:
 			case job.KindEnvProgress, job.KindPartyState:
@@ -234,17 +246,55 @@ func (c *control) read(ctx context.Context) error {
 	}
 }
 
+// follow keeps what the events of parties' states tell beyond the states themselves.
+func (c *control) follow(e job.Event) {
+	var s job.PartyStateChange
+	if e.Kind != job.KindPartyState || e.Decode(&s) != nil {
+		return
+	}
+	switch s.To {
+	case job.PartyReady:
+		c.ready[e.Party] = true
+	case job.PartyAbsent: // it begins anew
+		delete(c.ready, e.Party)
+		if e.Party == job.HubParty {
+			c.over = false
+			c.enough = time.Time{}
+		}
+	}
+}
+
+// suffices tells whether the job may go on with the sites that have: with all of those that it waits for at once, with as many
+// as it needs when the others have had join-wait.
+func (c *control) suffices(j job.Job, have, waiting []string, due *deadlines) bool {
+	enough := len(have) >= j.Spec.Need(len(j.Spec.Sites))
+	for _, m := range j.Spec.MandatorySites {
+		enough = enough && slices.Contains(have, m)
+	}
+	if !enough {
+		c.enough = time.Time{}
+		return false
+	}
+	if c.enough.IsZero() {
+		c.enough = due.now
+	}
+	return len(waiting) == 0 || due.passed(c.enough, j.Spec.JoinWait.Or(job.DefaultJoinWait).Std())
+}
+
 // queued starts the job when its sites are there.
 func (c *control) queued(ctx context.Context, j job.Job, due *deadlines) error {
-	var missing []string
+	var there, missing []string
 	for _, s := range j.Spec.Sites {
-		if _, ok := c.hub.away(s); !ok {
+		if _, ok := c.hub.away(s); ok {
+			there = append(there, s)
+		} else {
 			missing = append(missing, s)
 		}
 	}
-	there := len(j.Spec.Sites) - len(missing)
+	enough := c.suffices(j, there, missing, due)
 	late := due.passed(j.Created, j.Spec.StartTimeout.Std())
-	if len(missing) == 0 || late && there >= j.Spec.Need(len(j.Spec.Sites)) {
+	if enough || late && !c.enough.IsZero() {
+		c.enough = time.Time{} // counts again for the parties
 		return c.hub.db.Move(ctx, j.ID, job.Preparing, nil, "", due.now)
 	}
 	if late {
@@ -255,59 +305,73 @@ func (c *control) queued(ctx context.Context, j job.Job, due *deadlines) error {
 	return c.hub.db.SetReason(ctx, j.ID, "waiting for "+strings.Join(missing, ", ")+" to connect")
 }
 
+// roll is how the sites of a job are.
+type roll struct {
+	ready   []string     // their programs run
+	waiting []string     // they will be, as far as anybody knows
+	away    []string     // they have not begun, and their agents are not there; they may still come
+	lost    []string     // of away: for longer than the job waits for it
+	gone    []job.Party  // failed, or done before the job
+	causes  []*job.Cause // of gone
+}
+
+// alive is how many there are, or will be as far as anybody knows.
+func (l roll) alive() int { return len(l.ready) + len(l.waiting) + len(l.away) - len(l.lost) }
+
 // active looks after a job whose programs start or run.
 func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *deadlines) error {
 	if due.passed(j.Started, j.Spec.Deadline.Std()) {
 		return c.hub.stop(ctx, j, problem.New(problem.Deadline, "give it more with --deadline, or find out what takes so long", "the job was not finished within its deadline of %s", j.Spec.Deadline))
 	}
-	var ready, alive int
-	var waiting []string
-	var fail *job.Cause
-	for _, p := range ps {
-		cause, err := c.look(ctx, j, p, due)
-		if err != nil {
-			return err
+	hub := hubParty(ps)
+	if hub.State == job.PartyFailed {
+		cause := causeOf(hub)
+		if cause.Code == problem.HubRunnerDied && hub.Attempt < j.Spec.RestartsFor(job.HubParty) {
+			return c.again(ctx, j, ps, cause, due.now)
 		}
-		if cause != nil {
-			if p.Name == job.HubParty {
-				return c.hub.stop(ctx, j, cause)
-			}
-			if fail == nil {
-				fail = cause
-			}
-			continue
-		}
-		if p.Name == job.HubParty {
-			continue
-		}
-		alive++
-		if p.State == job.PartyReady || p.State == job.PartyRunning {
-			ready++
-		} else {
-			waiting = append(waiting, p.Name)
-		}
+		return c.hub.stop(ctx, j, cause)
 	}
-	// A job goes on without a site only where it says so (min-sites), and then with a note.
-	if fail != nil && alive < j.Spec.Need(len(j.Spec.Sites)) {
-		return c.hub.stop(ctx, j, fail)
+	l, end, err := c.call(ctx, j, ps, due)
+	if err != nil {
+		return err
+	}
+	if end != nil {
+		return c.hub.stop(ctx, j, end)
 	}
 	if c.over {
 		return c.hub.stop(ctx, j, nil)
 	}
-	hub := hubParty(ps)
+	// Whoever is gone may come back while the rest goes on.
+	for i, p := range l.gone {
+		if c.mayReturn(p, l.causes[i], due) {
+			if err := c.once(ctx, j, p, returns, fmt.Sprintf("%s is there again and begins anew", p.Name)); err != nil {
+				return err
+			}
+			return ignoreMoved(c.hub.db.Again(ctx, j.ID, p.Name, "it was away: "+l.causes[i].Msg, due.now))
+		}
+	}
 	switch {
 	case j.State == job.Preparing && hub.State == job.PartyRunning:
 		return c.hub.db.Move(ctx, j.ID, job.Running, nil, "", due.now)
-	case j.State == job.Preparing:
+	case hub.State != job.PartyRunning && hub.State != job.PartyDone: // before the app's start, also in a new attempt of a job that ran
 		from := j.Started
 		if c.prep.After(from) {
 			from = c.prep
 		}
 		late := due.passed(from, j.Spec.StartTimeout.Std())
-		if hub.State == job.PartyReady && (len(waiting) == 0 || late && ready >= j.Spec.Need(len(j.Spec.Sites))) {
-			c.want.Set(pb.Desired_DESIRED_RUN, ready)
+		if hub.State != job.PartyReady {
+			c.enough = time.Time{}
+		}
+		if hub.State == job.PartyReady && (c.suffices(j, l.ready, l.waiting, due) || late && !c.enough.IsZero()) {
+			if others := append(slices.Clone(l.waiting), l.away...); len(others) > 0 {
+				text := fmt.Sprintf("the app starts without %s, which may join later", strings.Join(others, ", "))
+				if err := c.once(ctx, j, hub, without, text); err != nil {
+					return err
+				}
+			}
+			c.tell(pb.Desired_DESIRED_RUN, len(l.ready))
 		} else if late {
-			who := waiting
+			who := append(l.waiting, l.away...)
 			if hub.State != job.PartyReady {
 				who = append([]string{job.HubParty}, who...)
 			}
@@ -318,29 +382,184 @@ func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *de
 	case due.passed(c.moved, j.Spec.NoProgress.Std()):
 		return c.hub.stop(ctx, j, problem.New(problem.NoProgress, "find out which client hangs from the logs' last lines, or allow more with no-progress", "no round, message or line of output came for %s", j.Spec.NoProgress))
 	}
+	if hub.State == job.PartyRunning {
+		for _, p := range ps {
+			if slices.Contains(l.ready, p.Name) && p.Updated.After(hub.Updated) {
+				if err := c.once(ctx, j, p, joins, p.Name+" has joined the running job"); err != nil {
+					return err
+				}
+			}
+		}
+	}
 	return nil
 }
 
-// look tells whether a party has failed, by its own word or by its absence.
+// call looks at each site, and tells whether the job cannot go on: a site that it cannot do without, a failure that it does
+// not forgive, or fewer sites than it needs. It goes on without others, with a warning.
+func (c *control) call(ctx context.Context, j job.Job, ps []job.Party, due *deadlines) (l roll, end *job.Cause, err error) {
+	var absent *job.Cause
+	for _, p := range ps {
+		if p.Name == job.HubParty {
+			continue
+		}
+		cause, err := c.look(ctx, j, p, due)
+		if err != nil {
+			return l, nil, err
+		}
+		mandatory := slices.Contains(j.Spec.MandatorySites, p.Name)
+		switch {
+		case cause != nil && p.State == job.PartyAbsent:
+			l.away, l.lost = append(l.away, p.Name), append(l.lost, p.Name)
+			if absent == nil {
+				absent = cause
+			}
+			if mandatory && end == nil {
+				end = cause
+			}
+		case cause != nil:
+			l.gone, l.causes = append(l.gone, p), append(l.causes, cause)
+			if end == nil && (mandatory || c.unforgivable(j, p, cause)) {
+				end = cause
+			}
+		case p.State == job.PartyReady || p.State == job.PartyRunning:
+			l.ready = append(l.ready, p.Name)
+		default:
+			if _, ok := c.hub.away(p.Name); p.State == job.PartyAbsent && !ok {
+				l.away = append(l.away, p.Name)
+				break
+			}
+			l.waiting = append(l.waiting, p.Name)
+		}
+	}
+	if end != nil {
+		return l, end, nil
+	}
+	if l.alive() < j.Spec.Need(len(j.Spec.Sites)) {
+		if len(l.causes) > 0 {
+			return l, l.causes[0], nil
+		}
+		return l, absent, nil // there is one: all sites are alive, gone or lost
+	}
+	for i, p := range l.gone {
+		c.want.Gone(p.Name, p.Attempt)
+		text := fmt.Sprintf("the job goes on without %s: %s", p.Name, l.causes[i].Msg)
+		if err := c.once(ctx, j, p, goes, text); err != nil {
+			return l, nil, err
+		}
+	}
+	return l, nil, nil
+}
+
+// wentAway tells whether a cause is that a site was away, and no failure of what it does: the same need not happen again.
+func wentAway(c *job.Cause) bool {
+	switch c.Code {
+	case problem.SiteLost, problem.LinkLost, problem.SiteRunnerDied:
+		return true
+	}
+	return false
+}
+
+// unforgivable tells whether a site's end is the job's, however many others there are: a program that cannot be started, as in
+// the reference system, and with strict-clients every failure.
+func (c *control) unforgivable(j job.Job, p job.Party, cause *job.Cause) bool {
+	if wentAway(cause) {
+		return false
+	}
+	return j.Spec.StrictClients || cause.Code == problem.ProgramFailed && !c.ready[p.Name]
+}
+
+// How long a site that has begun anew waits before it does so again.
+const (
+	returnPause    = 10 * time.Second
+	maxReturnPause = 10 * time.Minute
+)
+
+// mayReturn tells whether a site that is gone can begin anew now.
+func (c *control) mayReturn(p job.Party, cause *job.Cause, due *deadlines) bool {
+	if _, ok := c.hub.away(p.Name); !ok || !wentAway(cause) || !p.State.Again() {
+		return false
+	}
+	if p.Attempt == 0 {
+		return true
+	}
+	return due.passed(p.Updated, min(returnPause<<min(p.Attempt-1, 20), maxReturnPause))
+}
+
+// again begins the whole job anew after the hub's runner died.
+func (c *control) again(ctx context.Context, j job.Job, ps []job.Party, cause *job.Cause, now time.Time) error {
+	hub := hubParty(ps)
+	text := fmt.Sprintf("%s; attempt %d of %d begins", cause.Msg, hub.Attempt+2, j.Spec.RestartsFor(job.HubParty)+1)
+	if err := c.once(ctx, j, hub, begins, text); err != nil {
+		return err
+	}
+	// The hub's party last: as long as it has failed, this goes on.
+	for _, p := range append(slices.Clone(ps[1:]), hub) {
+		if p.State == job.PartyAbsent {
+			continue // it has not begun
+		}
+		if err := ignoreMoved(c.hub.db.Again(ctx, j.ID, p.Name, "the hub's side begins anew", now)); err != nil {
+			return err
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.want = runner.NewWant()
+	if c.kill {
+		c.want.Set(pb.Desired_DESIRED_KILL, 0)
+	}
+	return nil
+}
+
+// What people are told about a party's attempt. The values stand in the store.
+type telling int
+
+const (
+	goes    telling = iota + 1 // it is gone, and the job goes on
+	returns                    // it is there again
+	joins                      // it is ready while the job runs
+	begins                     // the job begins anew since the hub's party died
+	without                    // hub's party: the app starts without some
+)
+
+// once tells something about a party's present attempt, one time however often it is looked at.
+func (c *control) once(ctx context.Context, j job.Job, p job.Party, what telling, text string) error {
+	// The job's own reports have no numbers: these are made of what they are about, so that the store takes each once.
+	key := int64(slices.Index(j.Spec.Sites, p.Name)+1)<<32 | int64(p.Attempt)<<8 | int64(what)
+	if c.told[key] {
+		return nil
+	}
+	kind := job.KindNote
+	if what == goes || what == begins || what == without {
+		kind = job.KindWarning
+	}
+	e, err := job.NewEvent(j.ID, "", kind, job.Text{Message: text}, time.Now())
+	if err != nil {
+		return err
+	}
+	if _, _, err = c.hub.db.Append(ctx, e, key); err == nil {
+		c.told[key] = true
+	}
+	return err
+}
+
+func causeOf(p job.Party) *job.Cause {
+	cause := *problem.From(errors.New("unknown"))
+	if p.Cause != nil {
+		cause = *p.Cause
+	}
+	if cause.Party == "" {
+		cause.Party = p.Name
+	}
+	return &cause
+}
+
+// look tells whether a site has failed, by its own word or by its absence.
 func (c *control) look(ctx context.Context, j job.Job, p job.Party, due *deadlines) (*job.Cause, error) {
 	if p.State == job.PartyFailed {
-		cause := *problem.From(errors.New("unknown"))
-		if p.Cause != nil {
-			cause = *p.Cause
-		}
-		if cause.Party == "" {
-			cause.Party = p.Name
-		}
-		return &cause, nil
+		return causeOf(p), nil
 	}
 	if p.State == job.PartyDone {
-		if p.Name == job.HubParty {
-			return nil, nil // after its run, or on its way out: c.over decides
-		}
 		return &job.Cause{Code: problem.ProgramFailed, Party: p.Name, Msg: p.Name + " ended its part before the job was over", Next: "look into its client_app_log.txt"}, nil
-	}
-	if p.Name == job.HubParty {
-		return nil, nil
 	}
 	since, ok := c.hub.away(p.Name)
 	if ok {
@@ -348,6 +567,9 @@ func (c *control) look(ctx context.Context, j job.Job, p job.Party, due *deadlin
 	}
 	if since.IsZero() {
 		since = j.Started // not seen since the hub itself started
+		if c.hub.opened.After(since) {
+			since = c.hub.opened
+		}
 	}
 	// An agent that cannot be reached is no harm by itself: its runner and the link may be well, or come back.
 	grace := c.hub.conf.SiteGrace.Or(j.Spec.OutageTolerance.Or(job.DefaultOutageTolerance))
@@ -356,6 +578,9 @@ func (c *control) look(ctx context.Context, j job.Job, p job.Party, due *deadlin
 	}
 	cause := problem.New(problem.SiteLost, "check the agent at that site, and its network", "the agent of %s went away and did not come back within %s", p.Name, grace)
 	cause.Party = p.Name
+	if p.State == job.PartyAbsent { // nothing of it is lost: it may still come
+		return cause, nil
+	}
 	return cause, c.hub.db.MoveParty(ctx, j.ID, p.Name, job.PartyFailed, cause, "", due.now)
 }
 
@@ -392,7 +617,7 @@ func (c *control) stopping(ctx context.Context, j job.Job, ps []job.Party, due *
 	// After a good run the supernodes leave first, so that they can say so to the superlink.
 	if j.Cause != nil || len(sites) == 0 || due.passed(c.ending, leavePatience) {
 		if !c.killing() {
-			c.want.Set(pb.Desired_DESIRED_STOP, 0)
+			c.tell(pb.Desired_DESIRED_STOP, 0)
 		}
 	}
 	if len(all) == 0 {
@@ -422,15 +647,24 @@ func (c *control) settle(ctx context.Context, j job.Job, p job.Party, now time.T
 }
 
 // startHub starts the hub's runner of the job, or finds the one that an earlier hub started.
-func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job) error {
+func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job, hub job.Party) error {
 	dir := c.hub.partyDir(c.id)
 	mark := c.hub.conf.Mark + "-" + string(c.id) + "-" + job.HubParty
+	attempt, want := hub.Attempt, c.want
+	if err := runner.Renew(dir, attempt, mark); err != nil {
+		return diskProblem(fmt.Errorf("clear the hub's part of the attempt before: %w", err))
+	}
 	hd, err := runner.Attach(dir)
 	if errors.Is(err, os.ErrNotExist) {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return diskProblem(err)
 		}
+		var notBefore time.Time
+		if attempt > 0 {
+			notBefore = time.Now().Add(runner.NodesForgotten)
+		}
 		hd, err = runner.Start(dir, runner.Spec{
+			Attempt: attempt, NotBefore: notBefore,
 			Job: c.id, Party: job.HubParty, Count: len(j.Spec.Sites), Spec: j.Spec,
 			Bundle: c.hub.bundleDir(j.Bundle), Logs: c.hub.logDir(c.id, job.HubParty), Results: filepath.Join(c.hub.jobDir(c.id), "results"),
 			Cache: c.hub.conf.Cache, Python: c.hub.conf.Python, Existing: c.hub.conf.Existing, Mark: mark,
@@ -443,11 +677,16 @@ func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job) e
 	if err != nil {
 		return err
 	}
+	if seq>>seqBits == int64(attempt) {
+		seq &= 1<<seqBits - 1
+	} else {
+		seq = 0
+	}
 	gone := make(chan struct{})
 	c.runner = gone
 	wg.Go(func() {
 		defer close(gone)
-		err := hd.Keep(ctx, seq, mark, c.want, func(e runner.Entry) error { return c.record(ctx, e) })
+		err := hd.Keep(ctx, seq, mark, want, func(e runner.Entry) error { return c.record(ctx, attempt, e) })
 		if err == nil || ctx.Err() != nil {
 			return
 		}
@@ -456,16 +695,16 @@ func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job) e
 			cause = problem.From(full)
 		}
 		cause.Party, cause.Log = job.HubParty, "runner.log"
-		c.fail(ctx, cause)
+		c.fail(ctx, attempt, cause)
 	})
 	return nil
 }
 
 // record stores an entry of the hub's runner, as long as it takes: a store that is down is no reason to lose it. A disk
 // that is full is one to end the job.
-func (c *control) record(ctx context.Context, e runner.Entry) error {
+func (c *control) record(ctx context.Context, attempt int, e runner.Entry) error {
 	for n := 1; ; n++ {
-		err := c.hub.record(ctx, e)
+		err := c.hub.record(ctx, attempt, e)
 		if err == nil || ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -488,9 +727,9 @@ func (c *control) record(ctx context.Context, e runner.Entry) error {
 }
 
 // fail stores the failure of the hub's own party.
-func (c *control) fail(ctx context.Context, cause *job.Cause) {
+func (c *control) fail(ctx context.Context, attempt int, cause *job.Cause) {
 	for n := 1; ctx.Err() == nil; n++ {
-		err := ignoreMoved(c.hub.db.MoveParty(ctx, c.id, job.HubParty, job.PartyFailed, cause, "", time.Now()))
+		err := ignoreMoved(c.hub.db.MoveAttempt(ctx, c.id, job.HubParty, attempt, job.PartyFailed, cause, "", time.Now()))
 		if err == nil || c.unstorable() != nil {
 			return
 		}

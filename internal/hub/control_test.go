@@ -41,6 +41,9 @@ func newRig(t *testing.T, s job.Spec) *rig {
 	h := &Hub{dir: dir, db: db, log: slog.New(slog.DiscardHandler), sites: map[string]*siteState{}, jobs: map[job.ID]*control{}}
 	h.conf.Sites = []string{"a", "b"}
 	h.conf.SiteGrace = job.Duration(5 * time.Second)
+	if len(s.Sites) > 0 {
+		h.conf.Sites = s.Sites
+	}
 	s.Sites = h.conf.Sites
 	now := time.Now()
 	j, err := db.CreateJob(t.Context(), job.Job{ID: job.NewID(now), Name: "app", Spec: s.WithDefaults(), Created: now}, s.Sites)
@@ -100,7 +103,7 @@ func (r *rig) party(name string, to job.PartyState, cause *job.Cause) {
 	if err != nil {
 		r.Fatal(err)
 	}
-	if err := r.h.record(r.Context(), runner.Entry{Seq: 1, Event: e}); err != nil {
+	if err := r.h.record(r.Context(), 0, runner.Entry{Seq: 1, Event: e}); err != nil {
 		r.Fatal(err)
 	}
 }
@@ -111,7 +114,7 @@ func (r *rig) event(seq int64, party, kind string, body any) {
 	if err != nil {
 		r.Fatal(err)
 	}
-	if err := r.h.record(r.Context(), runner.Entry{Seq: seq, Event: e}); err != nil {
+	if err := r.h.record(r.Context(), 0, runner.Entry{Seq: seq, Event: e}); err != nil {
 		r.Fatal(err)
 	}
 }
@@ -189,7 +192,7 @@ func TestControl(t *testing.T) {
 			r.step()
 			r.is(job.Failed, "start-timeout of b")
 		}},
-		{"with min-sites the start-timeout starts the job without the missing", job.Spec{StartTimeout: minute, MinSites: 1}, func(r *rig) {
+		{"with min-sites the start-timeout starts the job without the missing", job.Spec{StartTimeout: minute, MinSites: 1, JoinWait: job.NoLimit}, func(r *rig) {
 			r.h.siteUp("a")
 			r.step()
 			r.is(job.Queued, "")
@@ -228,7 +231,7 @@ func TestControl(t *testing.T) {
 			r.step()
 			r.is(job.Stopping, "start-timeout of hub")
 		}},
-		{"with min-sites those that are ready run after the start-timeout", job.Spec{StartTimeout: minute, MinSites: 1}, func(r *rig) {
+		{"with min-sites those that are ready run after the start-timeout", job.Spec{StartTimeout: minute, MinSites: 1, JoinWait: job.NoLimit}, func(r *rig) {
 			r.prepared()
 			r.party(job.HubParty, job.PartyReady, nil)
 			r.party("b", job.PartyReady, nil)

@@ -59,6 +59,8 @@ type Hub struct {
 	auth *pki.Authority
 	tls  *tls.Config
 
+	opened time.Time // sites that have not been seen since then are away since then
+
 	changed store.Fanout // sites that came and went, under the job id ""
 
 	mu    sync.Mutex // guards the rest
@@ -78,7 +80,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Hub{dir: dir, log: log, sites: map[string]*siteState{}, jobs: map[job.ID]*control{}}
+	h := &Hub{dir: dir, log: log, opened: time.Now(), sites: map[string]*siteState{}, jobs: map[job.ID]*control{}}
 	if err := config.Read(filepath.Join(dir, ConfigFile), &h.conf); err != nil {
 		return nil, err
 	}

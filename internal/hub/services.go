@@ -83,6 +83,11 @@ func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*p
 	if len(spec.Sites) == 0 {
 		spec.Sites = slices.Clone(s.conf.Sites)
 	}
+	for _, n := range spec.MandatorySites {
+		if !slices.Contains(spec.Sites, n) {
+			return nil, problem.New(problem.Usage, "name one of the job's sites", "the mandatory site %q is none of the job's%s", n, problem.DidYouMean(n, spec.Sites))
+		}
+	}
 	if len(spec.Sites) == 0 {
 		return nil, problem.New(problem.Usage, "enrol a site first", "the hub has no sites")
 	}
@@ -528,6 +533,14 @@ func (h *Hub) desired(ctx context.Context, site string) ([]*pb.DesiredParty, err
 		if i < 0 || !j.State.Active() && j.State != job.Stopping {
 			continue
 		}
+		ps, err := h.db.Parties(ctx, j.ID)
+		if err != nil {
+			return nil, err
+		}
+		at := slices.IndexFunc(ps, func(p job.Party) bool { return p.Name == site })
+		if at < 0 || ps[at].State.Terminal() {
+			continue // what may be left of it is to be gone
+		}
 		spec, err := json.Marshal(j.Spec)
 		if err != nil {
 			return nil, err
@@ -539,7 +552,7 @@ func (h *Hub) desired(ctx context.Context, site string) ([]*pb.DesiredParty, err
 				d = pb.Desired_DESIRED_KILL
 			}
 		}
-		out = append(out, &pb.DesiredParty{JobId: string(j.ID), Desired: d, BundleDigest: j.Bundle, Index: int32(i), Count: int32(len(j.Spec.Sites)), SpecJson: string(spec)})
+		out = append(out, &pb.DesiredParty{JobId: string(j.ID), Desired: d, BundleDigest: j.Bundle, Index: int32(i), Count: int32(len(j.Spec.Sites)), SpecJson: string(spec), Attempt: int32(ps[at].Attempt)})
 	}
 	return out, nil
 }
@@ -557,7 +570,7 @@ func (s siteService) Report(ctx context.Context, req *pb.ReportRequest) (*pb.Rep
 			return nil, err
 		}
 		ev.Job, ev.Party = j.ID, name // a site speaks for itself alone
-		if err := s.record(ctx, runner.Entry{Seq: e.GetSeq(), Event: ev}); err != nil {
+		if err := s.record(ctx, int(req.GetAttempt()), runner.Entry{Seq: e.GetSeq(), Event: ev}); err != nil {
 			return nil, s.endIfFull(j.ID, err)
 		}
 		last = e.GetSeq()
@@ -575,19 +588,30 @@ func (h *Hub) endIfFull(id job.ID, err error) error {
 	return err
 }
 
-// record stores what a runner wrote into its journal; twice is harmless.
-func (h *Hub) record(ctx context.Context, e runner.Entry) error {
+// seqBits are those of a journal's numbers in the numbers under which its entries are stored; the attempt stands above them.
+const seqBits = 40
+
+// record stores what a runner wrote into its journal; twice is harmless. What an earlier attempt of a party says of its
+// state comes too late and is left out; the rest has happened and is kept.
+func (h *Hub) record(ctx context.Context, attempt int, e runner.Entry) error {
+	if attempt < 0 || attempt > 1<<20 || e.Seq < 0 || e.Seq >= 1<<seqBits {
+		return problem.New(problem.Usage, "", "entry %d of attempt %d cannot be", e.Seq, attempt)
+	}
 	var c job.PartyStateChange
 	if e.Event.Kind == job.KindPartyState {
 		if err := e.Event.Decode(&c); err != nil {
 			return problem.New(problem.Usage, "", "entry %d cannot be read: %v", e.Seq, err)
 		}
-		return ignoreMoved(h.db.MoveParty(ctx, e.Event.Job, e.Event.Party, c.To, c.Cause, c.Reason, time.Now()))
+		return ignoreMoved(h.db.MoveAttempt(ctx, e.Event.Job, e.Event.Party, attempt, c.To, c.Cause, c.Reason, time.Now()))
 	}
 	if e.Event.Kind == job.KindJobState {
 		return problem.New(problem.Denied, "", "a party does not decide the job's state")
 	}
-	_, _, err := h.db.Append(ctx, e.Event, e.Seq)
+	seq := e.Seq
+	if seq > 0 {
+		seq |= int64(attempt) << seqBits
+	}
+	_, _, err := h.db.Append(ctx, e.Event, seq)
 	return err
 }
 

@@ -37,6 +37,20 @@ wrong is done, wherever it was.
 
 `)
 	table(&b, PartyStates(), partyMeaning, PartyState.Next, PartyState.Terminal)
+	var from []string
+	for _, s := range PartyStates() {
+		if s.Again() {
+			from = append(from, "**"+string(s)+"**")
+		}
+	}
+	b.WriteString(`
+## A new attempt
+
+While a job prepares or runs, the hub may begin a party anew: from ` + strings.Join(from, ", ") + ` it is **absent** again, with the number of
+its attempt in the event. What is left of the attempt before is ended first, and what that says of its state afterwards is not listened to.
+That is done for a site that was lost and is there again, while the job went on without it, and for all parties when the hub's runner died
+and the job's ` + "`restarts`" + ` allow it ([settings](settings.md)). The job itself never goes back: one that ran stays running meanwhile.
+`)
 	if *update {
 		if err := os.WriteFile(path, b.Bytes(), 0o644); err != nil {
 			t.Fatal(err)

@@ -47,10 +47,11 @@ type JobState struct {
 // PartyStateChange is the body of party-state. Only the store writes it, in the transaction of the
 // move; the event's Party says whose state it is.
 type PartyStateChange struct {
-	From   PartyState `json:"from,omitempty"`
-	To     PartyState `json:"to"`
-	Cause  *Cause     `json:"cause,omitempty"`
-	Reason string     `json:"reason,omitempty"`
+	From    PartyState `json:"from,omitempty"`
+	To      PartyState `json:"to"`
+	Cause   *Cause     `json:"cause,omitempty"`
+	Reason  string     `json:"reason,omitempty"`
+	Attempt int        `json:"attempt,omitempty"` // with absent: which attempt begins, 1 = the first after the first
 }
 
 // EnvProgress is the body of env-progress: how far the building of an environment is.

@@ -92,6 +92,7 @@ type Party struct {
 	Job     ID         `json:"job"`
 	Name    string     `json:"name"` // HubParty or the site's name
 	State   PartyState `json:"state"`
+	Attempt int        `json:"attempt,omitempty"` // how often it has begun anew
 	Reason  string     `json:"reason,omitempty"`
 	Cause   *Cause     `json:"cause,omitempty"`
 	Updated time.Time  `json:"updated"`

@@ -59,7 +59,7 @@ var Absent = []struct{ Name, Default, Why string }{
 	{"task check period, task fetch interval", "0.2 s, 0.5 s", "there are no tasks to fetch: an agent is told at once what changes"},
 	{
 		"job_heartbeat_interval, dead_client_grace_period, dead_client_check_lead_time", "10 s, 60 s, 30 s",
-		"a matter of the hub, not of a job: `site-grace` in hub.toml (45 s) is how long an agent may be away, and its connection is tested every 10 s",
+		"a matter of the hub, not of a job: `site-grace` in hub.toml (the job's `outage-tolerance`) is how long an agent may be away, and its connection is tested every 10 s",
 	},
 	{"heart_beat_timeout", "600 s", "a site is never removed for being away"},
 	{"client_outcome_wait_timeout", "900 s", "a job waits 30 s for its parties to end; a site that is away then cleans up when it is back"},

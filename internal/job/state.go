@@ -87,6 +87,10 @@ var partyMoves = map[PartyState][]PartyState{
 	PartyRunning:   {PartyDone, PartyFailed},
 }
 
+// again is from where a party may begin anew, as absent, in a new attempt of its own (see Party.Attempt). It is the hub that
+// begins one, never the party itself: what an attempt says of itself after that is not listened to.
+var again = []PartyState{PartyPreparing, PartyReady, PartyRunning, PartyDone, PartyFailed}
+
 var partyStates = []PartyState{PartyAbsent, PartyPreparing, PartyReady, PartyRunning, PartyDone, PartyFailed}
 
 var partyMeaning = map[PartyState]string{
@@ -107,10 +111,13 @@ func (s PartyState) Can(to PartyState) bool { return slices.Contains(partyMoves[
 // Next gives the states that may follow s; none if s is terminal.
 func (s PartyState) Next() []PartyState { return slices.Clone(partyMoves[s]) }
 
+// Again tells whether a party in s may begin anew.
+func (s PartyState) Again() bool { return slices.Contains(again, s) }
+
 // Known tells whether s is a state at all.
 func (s PartyState) Known() bool { return slices.Contains(partyStates, s) }
 
-// Terminal tells whether the party is over: nothing follows s.
+// Terminal tells whether the party's attempt is over: only a new one can follow s.
 func (s PartyState) Terminal() bool { return s.Known() && len(partyMoves[s]) == 0 }
 
 // Outcome gives the state in which a job with that cause ends, seen from s: no cause is success,

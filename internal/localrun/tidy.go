@@ -3,6 +3,7 @@ package localrun
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,9 @@ import (
 	"github.com/pergolafl/pergola/internal/site"
 	"github.com/pergolafl/pergola/internal/store/sqlite"
 )
+
+// maxAttempts is of how many attempts of a site the runner's log is kept.
+const maxAttempts = 20
 
 // tidy ends what is left, settles the job if its hub could not, and keeps of the run's files what the user wants: logs,
 // results and the store.
@@ -42,6 +46,10 @@ func (r *run) tidy(cause error) error {
 		// With the part if the agent was ended before it could tidy up, else where the agent keeps it.
 		errs = append(errs, rename(runner.OutputFile(filepath.Join(dir, "jobs", string(r.summary.Job), "party")), to),
 			rename(filepath.Join(dir, site.RunnerLogs, string(r.summary.Job)+".log"), to))
+		for i := 2; i <= maxAttempts; i++ { // of a part that began anew
+			from := filepath.Join(dir, site.RunnerLogs, fmt.Sprintf("%s-%d.log", r.summary.Job, i))
+			errs = append(errs, rename(from, filepath.Join(r.out, "logs", fmt.Sprintf("%s-runner-%d.log", n, i))))
+		}
 	}
 	// Last, so that a full disk has the room of what is gone by then.
 	for _, n := range append(slices.Clone(r.names), filepath.Join("hub", "bundles"), filepath.Join("hub", "jobs"), filepath.Join("hub", "reserve")) {

@@ -187,9 +187,10 @@ func (h *Handle) leftovers(seq int64, fn func(Entry) error) error {
 	return err
 }
 
-// SetDesired tells the runner what its party should be doing; sites counts with DESIRED_RUN.
-func (h *Handle) SetDesired(ctx context.Context, d pb.Desired, sites int) error {
-	_, err := h.client.Runner.SetDesired(ctx, &pb.SetDesiredRequest{Desired: d, Sites: int32(sites)})
+// SetDesired tells the runner what its party should be doing; sites counts with DESIRED_RUN; gone
+// is as [Want.Gone] has it.
+func (h *Handle) SetDesired(ctx context.Context, d pb.Desired, sites int, gone ...string) error {
+	_, err := h.client.Runner.SetDesired(ctx, &pb.SetDesiredRequest{Desired: d, Sites: int32(sites), Gone: gone})
 	return err
 }
 

@@ -2,6 +2,7 @@ package runner
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
@@ -31,6 +32,10 @@ func (w *Want) Get() (d pb.Desired, sites int) {
 	d, sites, _ = w.cell.get()
 	return d, sites
 }
+
+// Gone tells the hub's party that an attempt of a site is over without the site having said so in its own link: the link is
+// ended and the node taken for dead, so that nobody waits for it.
+func (w *Want) Gone(site string, attempt int) { w.cell.drop(fmt.Sprintf("%s/%d", site, attempt)) }
 
 // Keep follows a runner to its end: fn gets the journal's entries after seq, the runner is told what want says, and ended
 // if it does not obey. When Keep returns because the party is over (nil) or the runner died (ErrDied), neither the runner
@@ -62,17 +67,19 @@ func (h *Handle) push(ctx context.Context, want *Want) {
 	bo := backoff.NewExponentialBackOff()
 	bo.InitialInterval, bo.MaxInterval = 5*time.Millisecond, time.Second
 	var told pb.Desired
+	var toldGone int
 	var kill <-chan time.Time
 	var patient pb.Desired // for which kill was set
 	for {
 		d, n, changed := want.cell.get()
+		gone := want.cell.dropped()
 		var retry <-chan time.Time
-		if d != told {
+		if d != told || len(gone) != toldGone {
 			call, cancel := context.WithTimeout(ctx, 2*time.Second)
-			err := h.SetDesired(call, d, n)
+			err := h.SetDesired(call, d, n, gone...)
 			cancel()
 			if err == nil {
-				told = d
+				told, toldGone = d, len(gone)
 				bo.Reset()
 			} else {
 				retry = time.After(bo.NextBackOff())

@@ -271,10 +271,18 @@ func (r *runner) serve(ctx context.Context, srv *flower.Server) error {
 	nodes, stop := context.WithTimeoutCause(ctx, r.spec.Spec.Server.ReadyTimeout.Or(job.DefaultReadyTimeout).Std(),
 		problem.New(problem.StartTimeout, "look into the sites' client_app_log.txt", "not all %d supernodes were known to the superlink in time", n))
 	defer stop()
-	if err := srv.WaitNodes(nodes, n); err != nil {
+	err = srv.WaitNodes(nodes, n)
+	if need := r.spec.Spec.Need(r.spec.Count); err != nil && ctx.Err() == nil && nodes.Err() != nil && srv.Nodes() >= need {
+		r.note(job.KindWarning, job.Text{Message: fmt.Sprintf("the app starts with %d of %d supernodes: the others have not reached the superlink in time", srv.Nodes(), n)})
+		n, err = srv.Nodes(), nil
+	}
+	if err != nil {
 		if c := context.Cause(nodes); c != nil {
 			return c
 		}
+		return err
+	}
+	if err := r.waitForNodes(ctx); err != nil {
 		return err
 	}
 	r.note(job.KindSitesReady, job.SitesReady{Ready: n, Wanted: r.spec.Count})
@@ -317,13 +325,17 @@ func (r *runner) tolerance() time.Duration {
 func (r *runner) links(ctx context.Context, a *link.Acceptor, gate *fleet.Gate, told *outages) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	var open sessions
+	wg.Go(func() { open.endGone(ctx, r.desired) })
 	for {
 		s, err := a.Accept(ctx)
 		if err != nil {
 			return err
 		}
 		r.log.Info("a site's link is up", "site", s.Peer().Site)
+		open.add(s)
 		wg.Go(func() {
+			defer open.remove(s)
 			defer s.Close()
 			site := s.Peer().Site
 			err := relay.Serve(ctx, s.Accept, func(ctx context.Context, target string) (net.Conn, error) {

@@ -22,6 +22,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -294,6 +295,9 @@ func (s service) WatchJournal(ctx context.Context, req *pb.WatchJournalRequest, 
 
 // SetDesired implements the API.
 func (s service) SetDesired(_ context.Context, req *pb.SetDesiredRequest) (*pb.SetDesiredResponse, error) {
+	for _, key := range req.GetGone() {
+		s.desired.drop(key)
+	}
 	s.desired.set(req.GetDesired(), int(req.GetSites()))
 	return &pb.SetDesiredResponse{}, nil
 }
@@ -303,6 +307,7 @@ type cell struct {
 	mu      sync.Mutex // guards the rest
 	desired pb.Desired
 	sites   int
+	gone    []string // see Want.Gone; grows only
 	changed chan struct{}
 }
 
@@ -318,6 +323,23 @@ func (c *cell) set(d pb.Desired, sites int) {
 	c.desired, c.sites = d, sites
 	close(c.changed)
 	c.changed = make(chan struct{})
+}
+
+func (c *cell) drop(key string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if slices.Contains(c.gone, key) {
+		return
+	}
+	c.gone = append(c.gone, key)
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+func (c *cell) dropped() []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Clone(c.gone)
 }
 
 func (c *cell) get() (pb.Desired, int, <-chan struct{}) {

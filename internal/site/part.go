@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
@@ -33,13 +34,18 @@ type part struct {
 	want  *runner.Want
 	log   *slog.Logger
 
+	before *part         // the same party's attempt before, or the same job's part before it was forgotten; nil: none
+	ended  chan struct{} // closed when nothing of this one is left to do
+
 	once sync.Once
 	gone chan struct{} // closed when the hub wants nothing more of it
 }
 
 func newPart(a *Agent, id job.ID, w *pb.DesiredParty) *part {
-	return &part{agent: a, id: id, first: w, want: runner.NewWant(), log: a.log.With("job", id), gone: make(chan struct{})}
+	return &part{agent: a, id: id, first: w, want: runner.NewWant(), log: a.log.With("job", id), gone: make(chan struct{}), ended: make(chan struct{})}
 }
+
+func (p *part) attempt() int { return int(p.first.GetAttempt()) }
 
 func (p *part) set(d pb.Desired) { p.want.Set(d, 0) }
 
@@ -51,6 +57,15 @@ func (p *part) forget() {
 
 // run does the part until the hub has heard how it ended and wants it no more.
 func (p *part) run(ctx context.Context) {
+	defer close(p.ended)
+	if p.before != nil {
+		select {
+		case <-p.before.ended: // the folder is the same
+			p.before = nil
+		case <-ctx.Done():
+			return
+		}
+	}
 	if p.first.GetDesired() == pb.Desired_DESIRED_UP {
 		if err := p.do(ctx); err != nil && ctx.Err() == nil {
 			p.log.Error("the part in the job failed", "err", err)
@@ -73,8 +88,8 @@ func (p *part) run(ctx context.Context) {
 	}
 }
 
-// RunnerLogs is the folder in the agent's directory in which the runners' own logs are kept after their jobs, as JOB.log;
-// keptLogs is of how many.
+// RunnerLogs is the folder in the agent's directory in which the runners' own logs are kept after their jobs, as JOB.log, and JOB-2.log and so on
+// where the party has begun anew; keptLogs is of how many.
 const (
 	RunnerLogs = "runners"
 	keptLogs   = 100
@@ -85,7 +100,11 @@ func (p *part) keepLog() {
 	dir := filepath.Join(p.agent.dir, RunnerLogs)
 	err := os.MkdirAll(dir, 0o700)
 	if err == nil {
-		err = os.Rename(runner.OutputFile(filepath.Join(p.agent.jobDir(p.id), "party")), filepath.Join(dir, string(p.id)+".log"))
+		name := string(p.id)
+		if n := p.attempt(); n > 0 {
+			name += fmt.Sprintf("-%d", n+1)
+		}
+		err = os.Rename(runner.OutputFile(filepath.Join(p.agent.jobDir(p.id), "party")), filepath.Join(dir, name+".log"))
 	}
 	if err != nil {
 		if !errors.Is(err, os.ErrNotExist) { // there was no runner
@@ -117,6 +136,9 @@ func (p *part) do(ctx context.Context) error {
 	dir := filepath.Join(a.jobDir(p.id), "party")
 	logDir := filepath.Join(a.jobDir(p.id), "logs")
 	if err := os.MkdirAll(logDir, 0o700); err != nil {
+		return p.disk(err)
+	}
+	if err := runner.Renew(dir, p.attempt(), a.mark(p.id)); err != nil {
 		return p.disk(err)
 	}
 	h, err := runner.Attach(dir)
@@ -180,6 +202,9 @@ func (p *part) start(ctx context.Context, dir, logDir string) (*runner.Handle, e
 	if err := p.identity(ctx, dir); err != nil {
 		return nil, err
 	}
+	if err := p.goOn(ctx, logDir); err != nil {
+		return nil, err
+	}
 	if len(a.conf.Env) > 0 { // the site's own settings win
 		if spec.Site.Named == nil {
 			spec.Site.Named = map[string]job.Site{}
@@ -189,7 +214,7 @@ func (p *part) start(ctx context.Context, dir, logDir string) (*runner.Handle, e
 		spec.Site.Named[a.conf.Name] = own
 	}
 	return runner.Start(dir, runner.Spec{
-		Job: p.id, Party: a.conf.Name, Index: int(p.first.GetIndex()), Count: int(p.first.GetCount()), Spec: spec,
+		Job: p.id, Party: a.conf.Name, Attempt: p.attempt(), Index: int(p.first.GetIndex()), Count: int(p.first.GetCount()), Spec: spec,
 		Bundle: bundleDir, Logs: logDir, Cache: a.conf.Cache, Python: a.conf.Python, Existing: a.conf.Existing,
 		Hub: a.hubs, Proxy: a.conf.Proxy, Mark: a.mark(p.id),
 	})
@@ -319,7 +344,7 @@ func (p *part) report(ctx context.Context, e runner.Entry) {
 	ctx, cancel := p.whileWanted(ctx)
 	defer cancel()
 	if _, err := retry(ctx, p.log, refused, func() (*pb.ReportResponse, error) {
-		return p.agent.client.Sites.Report(ctx, &pb.ReportRequest{JobId: string(p.id), Entries: []*pb.JournalEntry{{Seq: e.Seq, Event: ev}}})
+		return p.agent.client.Sites.Report(ctx, &pb.ReportRequest{JobId: string(p.id), Attempt: int32(p.attempt()), Entries: []*pb.JournalEntry{{Seq: e.Seq, Event: ev}}})
 	}); err != nil && ctx.Err() == nil {
 		p.log.Error("the hub refused an entry", "kind", e.Event.Kind, "err", err)
 	}
@@ -356,4 +381,38 @@ func (p *part) ship(ctx context.Context, dir string, ended <-chan struct{}) {
 	if err != nil && ctx.Err() == nil {
 		p.log.Error("the logs could not be copied to the hub", "err", err)
 	}
+}
+
+// goOn lets the logs of a party that begins anew go on where the hub's copies end, also where the earlier ones are gone. What
+// is missing is a hole in the local file, and nothing is copied of it.
+func (p *part) goOn(ctx context.Context, dir string) error {
+	if p.attempt() == 0 {
+		return nil
+	}
+	res, err := retry(ctx, p.log, final, func() (*pb.GetLogOffsetsResponse, error) {
+		return p.agent.client.Sites.GetLogOffsets(ctx, &pb.GetLogOffsetsRequest{JobId: string(p.id)})
+	})
+	if err != nil {
+		return err
+	}
+	for name, offset := range res.GetOffsets() {
+		if err := logs.ValidName(name); err != nil {
+			return err
+		}
+		f, err := os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_WRONLY, 0o600)
+		if err != nil {
+			return err
+		}
+		info, err := f.Stat()
+		if err == nil && info.Size() < offset {
+			err = f.Truncate(offset)
+		}
+		if e := f.Close(); err == nil {
+			err = e
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }

@@ -53,6 +53,7 @@ type Agent struct {
 
 	mu    sync.Mutex // guards the rest
 	parts map[job.ID]*part
+	last  map[job.ID]*part // those that were forgotten and have not ended yet
 }
 
 // Open reads dir/site.toml and the site's key pair (site.crt, site.key, ca.crt).
@@ -61,7 +62,7 @@ func Open(dir string, log *slog.Logger) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{dir: dir, log: log, parts: map[job.ID]*part{}}
+	a := &Agent{dir: dir, log: log, parts: map[job.ID]*part{}, last: map[job.ID]*part{}}
 	if err := config.Read(filepath.Join(dir, ConfigFile), &a.conf); err != nil {
 		return nil, err
 	}
@@ -203,20 +204,37 @@ func (a *Agent) reconcile(ctx context.Context, wg *sync.WaitGroup, want []*pb.De
 		}
 		wanted[id] = true
 		p := a.parts[id]
+		if p != nil && p.attempt() != int(w.GetAttempt()) {
+			a.forgetLocked(p)
+			p = nil
+		}
 		if p == nil {
 			p = newPart(a, id, w)
+			p.before = a.last[id]
 			a.parts[id] = p
-			wg.Go(func() { p.run(ctx) })
+			wg.Go(func() {
+				p.run(ctx)
+				a.mu.Lock()
+				defer a.mu.Unlock()
+				if a.last[id] == p {
+					delete(a.last, id)
+				}
+			})
 		}
 		p.set(w.GetDesired())
 	}
 	for id, p := range a.parts {
-		if wanted[id] {
-			continue
+		if !wanted[id] {
+			a.forgetLocked(p)
 		}
-		p.forget()
-		delete(a.parts, id)
 	}
+}
+
+// forgetLocked ends a part. Another one of the same job begins when it has ended.
+func (a *Agent) forgetLocked(p *part) {
+	p.forget()
+	delete(a.parts, p.id)
+	a.last[p.id] = p
 }
 
 // jobDir is the folder of the site's part in a job.

@@ -114,7 +114,7 @@ func (db *DB) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
 
 // Parties gives the parties of a job: the hub, then the sites in the order of their partitions.
 func (db *DB) Parties(ctx context.Context, id job.ID) ([]job.Party, error) {
-	rows, err := db.r.QueryContext(ctx, "SELECT job, name, state, reason, cause, updated FROM party WHERE job = ? ORDER BY pos", id)
+	rows, err := db.r.QueryContext(ctx, "SELECT "+partyColumns+" FROM party WHERE job = ? ORDER BY pos", id)
 	ps, err := collect(ctx, db, rows, err, "list the parties", scanParty)
 	if err == nil && len(ps) == 0 { // each job has the hub at least
 		return nil, noJob(id)
@@ -202,12 +202,49 @@ func (db *DB) SetReason(ctx context.Context, id job.ID, reason string) error {
 // MoveParty takes a party to another state, under the same rules as Move. A party that failed
 // without a cause gets one that says so.
 func (db *DB) MoveParty(ctx context.Context, id job.ID, party string, to job.PartyState, cause *job.Cause, reason string, now time.Time) error {
-	return db.change(ctx, "store a party's move", id, func(tx *sql.Tx, _ job.Job) (bool, error) {
-		p, err := scanParty(tx.QueryRowContext(ctx, "SELECT job, name, state, reason, cause, updated FROM party WHERE job = ? AND name = ?", id, party))
-		if errors.Is(err, sql.ErrNoRows) {
-			return false, problem.New(problem.NotFound, "see its parties with: pergola show "+string(id), "job %s has no party %q", id, party)
+	return db.moveParty(ctx, id, party, -1, to, cause, reason, now)
+}
+
+// MoveAttempt is MoveParty for what an attempt of a party says of itself: nothing is done, and nil returned, if that is not
+// the party's present one.
+func (db *DB) MoveAttempt(ctx context.Context, id job.ID, party string, attempt int, to job.PartyState, cause *job.Cause, reason string, now time.Time) error {
+	return db.moveParty(ctx, id, party, attempt, to, cause, reason, now)
+}
+
+// Again begins a new attempt of a party, which is absent then and has no cause, and writes the event of it, in one
+// transaction. From a state that does not allow it (see job.PartyState.Again), and in a job that does not run, it is a
+// *store.MoveError within a problem.
+func (db *DB) Again(ctx context.Context, id job.ID, party, reason string, now time.Time) error {
+	return db.change(ctx, "store a party's new attempt", id, func(tx *sql.Tx, j job.Job) (bool, error) {
+		p, err := db.party(ctx, tx, id, party)
+		if err != nil {
+			return false, err
 		}
-		if err != nil || p.State == to {
+		if !p.State.Again() || j.State != job.Preparing && j.State != job.Running {
+			return false, (&store.MoveError{Job: id, Party: party, From: string(p.State), To: string(job.PartyAbsent)}).Problem()
+		}
+		if _, err := tx.ExecContext(ctx, "UPDATE party SET state = ?, attempt = ?, reason = ?, cause = '', updated = ? WHERE job = ? AND name = ?",
+			job.PartyAbsent, p.Attempt+1, reason, nanos(now), id, party); err != nil {
+			return false, err
+		}
+		return true, insertEvent(ctx, tx, id, party, job.KindPartyState, job.PartyStateChange{From: p.State, To: job.PartyAbsent, Reason: reason, Attempt: p.Attempt + 1}, now)
+	})
+}
+
+const partyColumns = "job, name, state, attempt, reason, cause, updated"
+
+func (db *DB) party(ctx context.Context, tx *sql.Tx, id job.ID, party string) (job.Party, error) {
+	p, err := scanParty(tx.QueryRowContext(ctx, "SELECT "+partyColumns+" FROM party WHERE job = ? AND name = ?", id, party))
+	if errors.Is(err, sql.ErrNoRows) {
+		return p, problem.New(problem.NotFound, "see its parties with: pergola show "+string(id), "job %s has no party %q", id, party)
+	}
+	return p, err
+}
+
+func (db *DB) moveParty(ctx context.Context, id job.ID, party string, attempt int, to job.PartyState, cause *job.Cause, reason string, now time.Time) error {
+	return db.change(ctx, "store a party's move", id, func(tx *sql.Tx, _ job.Job) (bool, error) {
+		p, err := db.party(ctx, tx, id, party)
+		if err != nil || p.State == to || attempt >= 0 && attempt != p.Attempt {
 			return false, err
 		}
 		if !p.State.Can(to) {
@@ -324,7 +361,7 @@ func scanParty(r row) (job.Party, error) {
 	var p job.Party
 	var cause string
 	var updated int64
-	if err := r.Scan(&p.Job, &p.Name, &p.State, &p.Reason, &cause, &updated); err != nil {
+	if err := r.Scan(&p.Job, &p.Name, &p.State, &p.Attempt, &p.Reason, &cause, &updated); err != nil {
 		return job.Party{}, err
 	}
 	p.Updated = stamp(updated)

@@ -114,7 +114,10 @@ type SetDesiredRequest struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Desired Desired                `protobuf:"varint,1,opt,name=desired,proto3,enum=pergola.v1.Desired" json:"desired,omitempty"`
 	// With DESIRED_RUN: how many sites take part.
-	Sites         int32 `protobuf:"varint,2,opt,name=sites,proto3" json:"sites,omitempty"`
+	Sites int32 `protobuf:"varint,2,opt,name=sites,proto3" json:"sites,omitempty"`
+	// Only the hub's party: sites that are gone, each with its attempt ("site-1/0"). Their links are ended and their nodes
+	// taken for dead; each is listened to once.
+	Gone          []string `protobuf:"bytes,3,rep,name=gone,proto3" json:"gone,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -163,6 +166,13 @@ func (x *SetDesiredRequest) GetSites() int32 {
 	return 0
 }
 
+func (x *SetDesiredRequest) GetGone() []string {
+	if x != nil {
+		return x.Gone
+	}
+	return nil
+}
+
 type SetDesiredResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -208,10 +218,11 @@ const file_pergola_v1_runner_proto_rawDesc = "" +
 	"\x13WatchJournalRequest\x12\x14\n" +
 	"\x05after\x18\x01 \x01(\x03R\x05after\"F\n" +
 	"\x14WatchJournalResponse\x12.\n" +
-	"\x05entry\x18\x01 \x01(\v2\x18.pergola.v1.JournalEntryR\x05entry\"X\n" +
+	"\x05entry\x18\x01 \x01(\v2\x18.pergola.v1.JournalEntryR\x05entry\"l\n" +
 	"\x11SetDesiredRequest\x12-\n" +
 	"\adesired\x18\x01 \x01(\x0e2\x13.pergola.v1.DesiredR\adesired\x12\x14\n" +
-	"\x05sites\x18\x02 \x01(\x05R\x05sites\"\x14\n" +
+	"\x05sites\x18\x02 \x01(\x05R\x05sites\x12\x12\n" +
+	"\x04gone\x18\x03 \x03(\tR\x04gone\"\x14\n" +
 	"\x12SetDesiredResponse2\xb1\x01\n" +
 	"\rRunnerService\x12S\n" +
 	"\fWatchJournal\x12\x1f.pergola.v1.WatchJournalRequest\x1a .pergola.v1.WatchJournalResponse0\x01\x12K\n" +

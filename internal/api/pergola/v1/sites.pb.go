@@ -187,7 +187,9 @@ type DesiredParty struct {
 	Index int32 `protobuf:"varint,4,opt,name=index,proto3" json:"index,omitempty"`
 	Count int32 `protobuf:"varint,5,opt,name=count,proto3" json:"count,omitempty"`
 	// The job's settings as JSON, with the keys of [tool.pergola]; durations as strings ("6h").
-	SpecJson      string `protobuf:"bytes,6,opt,name=spec_json,json=specJson,proto3" json:"spec_json,omitempty"`
+	SpecJson string `protobuf:"bytes,6,opt,name=spec_json,json=specJson,proto3" json:"spec_json,omitempty"`
+	// Which attempt of the party, from 0. What is left of an older one is to be ended first.
+	Attempt       int32 `protobuf:"varint,7,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -264,10 +266,19 @@ func (x *DesiredParty) GetSpecJson() string {
 	return ""
 }
 
+func (x *DesiredParty) GetAttempt() int32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
+}
+
 type ReportRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	JobId         string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
-	Entries       []*JournalEntry        `protobuf:"bytes,2,rep,name=entries,proto3" json:"entries,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	JobId   string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
+	Entries []*JournalEntry        `protobuf:"bytes,2,rep,name=entries,proto3" json:"entries,omitempty"`
+	// The attempt of the party that says so.
+	Attempt       int32 `protobuf:"varint,3,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -314,6 +325,13 @@ func (x *ReportRequest) GetEntries() []*JournalEntry {
 		return x.Entries
 	}
 	return nil
+}
+
+func (x *ReportRequest) GetAttempt() int32 {
+	if x != nil {
+		return x.Attempt
+	}
+	return 0
 }
 
 // JournalEntry is one line of a runner's journal.
@@ -690,17 +708,19 @@ const file_pergola_v1_sites_proto_rawDesc = "" +
 	"\ragent_version\x18\x01 \x01(\tR\fagentVersion\x12\x1a\n" +
 	"\bprotocol\x18\x02 \x01(\x05R\bprotocol\"J\n" +
 	"\x14WatchDesiredResponse\x122\n" +
-	"\aparties\x18\x01 \x03(\v2\x18.pergola.v1.DesiredPartyR\aparties\"\xc2\x01\n" +
+	"\aparties\x18\x01 \x03(\v2\x18.pergola.v1.DesiredPartyR\aparties\"\xdc\x01\n" +
 	"\fDesiredParty\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12-\n" +
 	"\adesired\x18\x02 \x01(\x0e2\x13.pergola.v1.DesiredR\adesired\x12#\n" +
 	"\rbundle_digest\x18\x03 \x01(\tR\fbundleDigest\x12\x14\n" +
 	"\x05index\x18\x04 \x01(\x05R\x05index\x12\x14\n" +
 	"\x05count\x18\x05 \x01(\x05R\x05count\x12\x1b\n" +
-	"\tspec_json\x18\x06 \x01(\tR\bspecJson\"Z\n" +
+	"\tspec_json\x18\x06 \x01(\tR\bspecJson\x12\x18\n" +
+	"\aattempt\x18\a \x01(\x05R\aattempt\"t\n" +
 	"\rReportRequest\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x122\n" +
-	"\aentries\x18\x02 \x03(\v2\x18.pergola.v1.JournalEntryR\aentries\"I\n" +
+	"\aentries\x18\x02 \x03(\v2\x18.pergola.v1.JournalEntryR\aentries\x12\x18\n" +
+	"\aattempt\x18\x03 \x01(\x05R\aattempt\"I\n" +
 	"\fJournalEntry\x12\x10\n" +
 	"\x03seq\x18\x01 \x01(\x03R\x03seq\x12'\n" +
 	"\x05event\x18\x02 \x01(\v2\x11.pergola.v1.EventR\x05event\"\"\n" +

@@ -1,0 +1,1 @@
+"""From its second round on it waits for all of its clients."""
