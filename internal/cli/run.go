@@ -28,9 +28,6 @@ import (
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
-// maxSites is how many sites one machine is asked to imitate: each is an agent, a runner and Flower's processes.
-const maxSites = 64
-
 type runFlags struct {
 	sites                                        int
 	minSites                                     int
@@ -39,35 +36,37 @@ type runFlags struct {
 	runConfig, siteEnv                           []string
 	deadline, noProgress, start, join            string
 	mandatory                                    []string
-	strict, strictSet                            bool
+	strict, strictSet, sitesSet                  bool
 	json, quiet, verbose, relock                 bool
 }
 
 func newRun(e env) *cobra.Command {
 	var f runFlags
 	c := &cobra.Command{
-		Use:   "run APPDIR",
+		Use:   "run APPDIR|FAB|JOBDIR",
 		Short: "Run a Flower app on a hub and sites of this machine, and show its result",
 		Long: `Run starts a hub and some sites as processes of their own, with certificates made for this run,
 submits the app in APPDIR as a job, shows what happens, and ends everything again.
+In place of an app's directory it takes a Flower app bundle (FAB), whose hashes it checks, and the job folder (JOBDIR) of a
+Flower job of NVIDIA FLARE: what that says becomes settings, and what has no effect here is named in a warning. Flags win.
 APPDIR is never written to. Interrupt (Ctrl-C) once for an orderly end, twice to end at once.
 
 Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 hub unreachable.`,
 		Example: `  pergola run examples/quickstart
   pergola run ./app --sites 3 --run-config num-server-rounds=5 --run-config lr=0.1
-  pergola run ./app --flwr 1.30.0 --deadline 30m --json`,
+  pergola run ./app --flwr 1.30.0 --deadline 30m --json
+  pergola run lab.quickstart.1-0-0.03840e93.fab
+  pergola run /jobs/blood`,
 		Args: exactArgs(1, "the app's directory"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			f.strictSet = cmd.Flags().Changed("strict-clients")
+			f.strictSet, f.sitesSet = cmd.Flags().Changed("strict-clients"), cmd.Flags().Changed("sites")
 			return f.run(cmd.Context(), e, args[0])
 		},
-		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			return nil, cobra.ShellCompDirectiveFilterDirs
-		},
+		ValidArgsFunction: completeApp,
 	}
 	fl := c.Flags()
 	fl.SortFlags = false
-	fl.IntVar(&f.sites, "sites", 2, "how many sites")
+	fl.IntVar(&f.sites, "sites", 2, "how many sites; unless you say it, as many as the app's settings name or need")
 	fl.IntVar(&f.minSites, "min-sites", 0, "go on with this many when others fail (default: all)")
 	fl.StringArrayVar(&f.mandatory, "mandatory-site", nil, "a site without which the job neither starts nor goes on (repeatable)")
 	fl.BoolVar(&f.strict, "strict-clients", false, "a site that fails ends the job, whatever --min-sites says")
@@ -162,8 +161,8 @@ func (f *runFlags) options(app string) (localrun.Options, error) {
 	if f.verbose {
 		o.Level = slog.LevelDebug
 	}
-	if f.sites < 1 || f.sites > maxSites {
-		return o, problem.New(problem.Usage, "choose 1 to "+strconv.Itoa(maxSites), "--sites %d is out of range", f.sites)
+	if f.sites < 1 || f.sites > localrun.MaxSites {
+		return o, problem.New(problem.Usage, "choose 1 to "+strconv.Itoa(localrun.MaxSites), "--sites %d is out of range", f.sites)
 	}
 	if f.minSites < 0 || f.minSites > f.sites {
 		return o, problem.New(problem.Usage, "choose 1 to the number of --sites", "--min-sites %d does not fit %d sites", f.minSites, f.sites)
@@ -226,6 +225,12 @@ func (f *runFlags) options(app string) (localrun.Options, error) {
 
 func (f *runFlags) run(ctx context.Context, e env, app string) error {
 	o, err := f.options(app)
+	if err == nil {
+		if !f.sitesSet && f.minSites == 0 {
+			o.Sites = 0
+		}
+		o.Input, err = input(app)
+	}
 	if err != nil {
 		return f.fail(e, app, err)
 	}

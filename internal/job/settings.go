@@ -29,6 +29,7 @@ var Settings = []Setting{
 	},
 	{"no-progress", "duration", `"1h"`, "--no-progress", "longest time in which no party shows any progress: a round, a message's handling, a line of output", "`progress_timeout`"},
 	{"exclude", "list of strings", "none", "", "patterns of files that stay out of the bundle", ""},
+	{"run-config", "list of strings", "none", "--run-config", "overrides of `[tool.flwr.app.config]`, each `key=value` with a value as in TOML; those of flags are added", "`run_config`"},
 	{"server.args", "list of strings", "none", "", "arguments of the server app, as a list or as one string that is split as a shell would (`flower-server-app` up to flwr 1.12, `flwr run` after it)", "`server_app_args`"},
 	{
 		"server.database", "string", "in memory", "", "file for the superlink's state; a relative one is in the job's results",

@@ -49,11 +49,12 @@ type Spec struct {
 	Site    Site     `json:"site,omitzero" toml:"site"`
 	Exclude []string `json:"exclude,omitempty" toml:"exclude"` // path.Match globs of what the bundle leaves out
 
-	RunConfig     []string `json:"run-config,omitempty" toml:"-"`     // "k=v" words that flags added
-	Flwr          string   `json:"flwr,omitempty" toml:"-"`           // the version asked for; "" = the app's requirement
-	FlwrVersion   string   `json:"flwr-version,omitempty" toml:"-"`   // the version in the lock
-	PythonVersion string   `json:"python-version,omitempty" toml:"-"` // of the interpreter the lock was made for, "3.12"
-	App           App      `json:"app,omitzero" toml:"-"`
+	RunConfig []string `json:"run-config,omitempty" toml:"run-config"` // "k=v" words over the app's own run config; those of flags come last
+
+	Flwr          string `json:"flwr,omitempty" toml:"-"`           // the version asked for; "" = the app's requirement
+	FlwrVersion   string `json:"flwr-version,omitempty" toml:"-"`   // the version in the lock
+	PythonVersion string `json:"python-version,omitempty" toml:"-"` // of the interpreter the lock was made for, "3.12"
+	App           App    `json:"app,omitzero" toml:"-"`
 }
 
 // App is the app as its own pyproject.toml names it.

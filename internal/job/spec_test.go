@@ -57,7 +57,7 @@ func TestParseSpecReadsTheWholeTable(t *testing.T) {
 	}
 }
 
-const topKeys = "deadline, engine, exclude, join-wait, mandatory-sites, min-sites, no-progress, outage-tolerance, server, site, sites, start-timeout, strict-clients"
+const topKeys = "deadline, engine, exclude, join-wait, mandatory-sites, min-sites, no-progress, outage-tolerance, run-config, server, site, sites, start-timeout, strict-clients"
 
 // The server app's arguments may be one string, which is cut into words as a shell would, without one.
 func TestArgsAsString(t *testing.T) {
@@ -96,8 +96,8 @@ func TestParseSpecFaults(t *testing.T) {
 			`p.toml:3: tool.pergola.server.foo: there is no such key; next: the keys here are app-path, args, database, env, ready-timeout, restarts, stop-grace`,
 		},
 		{
-			"a key that only flags set", "[tool.pergola]\nrun-config = []",
-			`p.toml:2: tool.pergola.run-config: there is no such key; next: the keys here are ` + topKeys,
+			"a key that only flags set", "[tool.pergola]\nflwr = '1'",
+			`p.toml:2: tool.pergola.flwr: there is no such key; next: the keys here are ` + topKeys,
 		},
 		{
 			"the first of several faults is told", "[tool.pergola]\nsites = 3\nengine = 'x'\nabc = 1",

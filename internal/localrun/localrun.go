@@ -8,6 +8,7 @@ package localrun
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -25,9 +26,10 @@ import (
 
 // Options say what to run and how.
 type Options struct {
-	App    string // the app's directory, never written to
+	App    string // the app's directory, never written to; with Input, what messages name in its place
+	Input  *Input // what an app is made of that is no directory; nil if App is one
 	Out    string // where logs and results go; "" = ./pergola-runs/<app>-<time>
-	Sites  int    // how many
+	Sites  int    // how many; 0 = as many as the app's settings name or need, two at least
 	Listen string // the hub's port; "" = any free one of 127.0.0.1
 
 	// Dials has, for some sites, another address of the hub ("host:port") than the one it listens at: that of a forwarder,
@@ -87,6 +89,12 @@ type RoundMetrics struct {
 	Phases map[string]job.Values `json:"phases"`
 }
 
+// MaxSites is how many sites one machine is asked to imitate: each is an agent, a runner and Flower's processes.
+const MaxSites = 64
+
+// minSites is how many there are if nothing says anything.
+const minSites = 2
+
 // Engine is the one that runs apps.
 const Engine = "flower"
 
@@ -94,6 +102,7 @@ const Engine = "flower"
 type run struct {
 	opt   Options
 	spec  job.Spec
+	dir   string // of the app
 	app   *flower.App
 	lock  pyenv.Lock
 	out   string // absolute
@@ -102,16 +111,18 @@ type run struct {
 	names []string // of the sites
 	began time.Time
 
-	mu      sync.Mutex // guards the rest; held during opt.Event
-	summary Summary
-	events  *os.File
-	logErr  error
-	settled bool // the summary's end was taken from the store, after the hub's end
+	mu       sync.Mutex // guards the rest; held during opt.Event
+	summary  Summary
+	events   *os.File
+	logErr   error
+	emptyOut bool // the run's directory was there before, empty
+	settled  bool // the summary's end was taken from the store, after the hub's end
 }
 
 // Run does it all. The summary is complete whatever the error; the error is the job's cause, or what kept it from starting.
 func Run(ctx context.Context, opt Options) (Summary, error) {
 	r := &run{opt: opt, began: time.Now(), cache: pyenv.DefaultCache()}
+	r.dir = opt.App
 	r.summary = Summary{App: filepath.Base(opt.App), State: job.Failed, Engine: Engine}
 	err := r.run(ctx)
 	switch {
@@ -182,20 +193,34 @@ func (r *run) run(ctx context.Context) (err error) {
 			err = c
 		}
 	}()
-	if err := r.look(); err != nil {
-		return err
+	if in := r.opt.Input; in != nil {
+		defer func() { err = r.rename(err) }()
+		for _, w := range in.Warnings {
+			r.emit(job.KindWarning, job.Text{Message: w})
+		}
+		if err := r.unpack(); err != nil {
+			return errors.Join(err, r.forget())
+		}
 	}
-	if err := r.makeLock(early); err != nil {
-		return err
+	packed, err := r.prepare(early)
+	if err == nil && r.out == "" {
+		err = diskProblem(r.makeOut(), r.out)
 	}
-	packed, err := r.pack()
 	if err != nil {
-		return err
-	}
-	if err := r.makeOut(); err != nil {
-		return diskProblem(err, r.out)
+		return errors.Join(err, r.forget())
 	}
 	return r.service(ctx, early, packed, submitted)
+}
+
+// prepare does what can be done before anything starts.
+func (r *run) prepare(ctx context.Context) (*bundle.Bundle, error) {
+	if err := r.look(); err != nil {
+		return nil, err
+	}
+	if err := r.makeLock(ctx); err != nil {
+		return nil, err
+	}
+	return r.pack()
 }
 
 func aborted() *problem.Error {
@@ -204,16 +229,13 @@ func aborted() *problem.Error {
 
 // look reads the app and puts its settings together; what is wrong with either is said before anything starts.
 func (r *run) look() error {
-	app, err := flower.LoadApp(r.opt.App)
+	app, err := flower.LoadApp(r.dir)
 	if err != nil {
-		return err
-	}
-	if err := app.Override(r.opt.Spec.RunConfig); err != nil {
 		return err
 	}
 	r.app = app
 	r.summary.App = app.Name
-	spec, err := job.ParseSpec(app.Pyproject, filepath.Join(r.opt.App, "pyproject.toml"))
+	spec, err := job.ParseSpec(app.Pyproject, filepath.Join(r.dir, "pyproject.toml"))
 	if err != nil {
 		return err
 	}
@@ -242,13 +264,25 @@ func (r *run) look() error {
 		spec.Site.Env[k] = v
 	}
 	spec.RunConfig = append(spec.RunConfig, f.RunConfig...)
+	if err := app.Override(spec.RunConfig); err != nil {
+		return err
+	}
 	spec.Flwr = f.Flwr
 	spec.App = job.App{Name: app.Name, Version: app.Version}
-	for i := range r.opt.Sites {
+	n := r.opt.Sites
+	if n == 0 {
+		if n = max(minSites, spec.MinSites, len(spec.MandatorySites)); len(spec.Sites) > 0 {
+			n = len(spec.Sites)
+		}
+		if n > MaxSites {
+			return problem.New(problem.Usage, "choose fewer with --sites", "the app's settings ask for %d sites; one machine imitates at most %d", n, MaxSites)
+		}
+	}
+	for i := range n {
 		r.names = append(r.names, fmt.Sprintf("site-%d", i+1))
 	}
 	// The app may name the sites of its federation; here they are named by their number unless there are as many.
-	if len(spec.Sites) > 0 && len(spec.Sites) == r.opt.Sites {
+	if len(spec.Sites) > 0 && len(spec.Sites) == n {
 		r.names = spec.Sites
 	}
 	spec.Sites = r.names
@@ -295,7 +329,7 @@ func (r *run) pack() (*bundle.Bundle, error) {
 	if err != nil {
 		return nil, err
 	}
-	return bundle.Build(r.opt.App, bundle.Input{
+	return bundle.Build(r.dir, bundle.Input{
 		App: bundle.Meta{Name: r.app.Name, Version: r.app.Version}, Lock: []byte(r.lock.Text), Job: spec, Exclude: r.spec.Exclude,
 	})
 }
@@ -304,7 +338,11 @@ func (r *run) pack() (*bundle.Bundle, error) {
 func (r *run) makeOut() error {
 	out := r.opt.Out
 	if out == "" {
-		out = filepath.Join("pergola-runs", jobName(r.app.Name)+"-"+r.began.Format("20060102-150405"))
+		name := filepath.Base(r.opt.App)
+		if r.app != nil {
+			name = r.app.Name
+		}
+		out = filepath.Join("pergola-runs", jobName(name)+"-"+r.began.Format("20060102-150405"))
 		for n := 2; ; n++ { // two runs in one second
 			if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
 				return err

@@ -694,3 +694,14 @@ func (r *run) dump() {
 	}
 	r.t.Log(b.String())
 }
+
+// command runs another command of pergola and gives what went wrong, "" if nothing did.
+func command(t *testing.T, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	if out, err := exec.CommandContext(ctx, binary, args...).CombinedOutput(); err != nil {
+		return fmt.Sprintf("pergola %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+	return ""
+}
