@@ -39,8 +39,6 @@ const (
 	headerVersion = 1
 	// MaxTarget is the greatest length of a target's name in bytes.
 	MaxTarget = 63
-	// headerWait is how long a header may take once its stream is open; the opener sends it at once.
-	headerWait = 30 * time.Second
 	// bufferSize is what one direction of one connection reads at a time, in bytes: two TLS records.
 	bufferSize = 32 << 10
 )
@@ -143,17 +141,12 @@ func Signal(ctx context.Context, target string, open func(context.Context) (Stre
 	return ctx.Err()
 }
 
-// acceptHeader reads the header, at most headerWait long.
+// acceptHeader reads the header. The opener sends it at once, but it has no limit in time: what carries the streams may be cut between
+// a stream's opening and its header, for hours. An opener that never sends one has been let in by its certificate, and the
+// streams that it may have open are limited.
 func acceptHeader(ctx context.Context, s Stream) (string, error) {
 	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
-	if err := s.SetReadDeadline(time.Now().Add(headerWait)); err != nil {
-		return "", err
-	}
-	target, err := readHeader(s)
-	if err != nil {
-		return "", err
-	}
-	return target, s.SetReadDeadline(time.Time{})
+	return readHeader(s)
 }
 
 // appendHeader writes the header that names target.

@@ -55,7 +55,7 @@ func userOf(c net.Conn) (uint64, error) {
 		return 0, err
 	}
 	// Programs may dial an IPv4 address with an IPv6 socket, as gRPC does; the kernel has those in the other table.
-	uid, err := uint64(0), error(nil)
+	var uid uint64
 	for _, table := range []string{"tcp", "tcp6"} {
 		if uid, err = userIn("/proc/thread-self/net/"+table, far, near); err == nil {
 			return uid, nil
