@@ -3,10 +3,12 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -39,6 +41,7 @@ func TestVersions(t *testing.T) {
 			res := r.end()
 			r.succeeded(res, v, 2)
 			sameRounds(t, res.Summary.Rounds, tinyRounds)
+			r.cleanLogs()
 			for _, a := range r.listened() {
 				addr, who, _ := strings.Cut(a, " ")
 				if !plain(t, addr).Addr().IsLoopback() {
@@ -46,6 +49,57 @@ func TestVersions(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// troubled finds a line that tells of an error: a level word of Flower's or of Pergola's own logs, or Python's last words.
+var troubled = regexp.MustCompile(`(?m)^.*(?:\b(?:ERROR|CRITICAL|FATAL)\b|Traceback \(most recent call last\)|level=(?:ERROR|WARN)|^(?:[\w.]+\.)?\w+(?:Error|Exception)\b|raised an exception|StatusCode\.).*$`)
+
+var colours = regexp.MustCompile("\x1b\\[[0-9;]*m")
+
+// troubles gives the lines of a log that tell of errors.
+func troubles(log string) []string {
+	return troubled.FindAllString(colours.ReplaceAllString(log, ""), 5)
+}
+
+// cleanLogs checks that no program and no part of Pergola has an error in its log.
+func (r *run) cleanLogs() {
+	r.t.Helper()
+	seen := 0
+	err := filepath.WalkDir(filepath.Join(r.out, "logs"), func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || d.Name() == "environment_log.txt" {
+			return err // what installers say is theirs
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		seen++
+		if bad := troubles(string(b)); len(bad) > 0 {
+			r.t.Errorf("a good run has errors in logs/%s:\n%s\nthe log:\n%s", d.Name(), strings.Join(bad, "\n"), b)
+		}
+		return nil
+	})
+	if want := 4 + 3*2; err != nil || seen < want {
+		r.t.Errorf("%d logs were looked through, want at least %d (%v)", seen, want, err)
+	}
+}
+
+func TestTroubled(t *testing.T) {
+	for line, want := range map[string]bool{
+		"\x1b[91mERROR\x1b[0m :     something":                      true,
+		"ERROR :      ServerApp":                                    true,
+		"Traceback (most recent call last):":                        true,
+		"grpc._channel._InactiveRpcError: <_InactiveRpcError of":    true,
+		"KeyboardInterruptException":                                true,
+		"time=x level=ERROR msg=y":                                  true,
+		"\tstatus = StatusCode.UNAVAILABLE":                         true,
+		"INFO :      aggregate_fit: received 2 results, 0 failures": false,
+		"time=x level=INFO msg=y":                                   false,
+	} {
+		if got := len(troubles(line)) > 0; got != want {
+			t.Errorf("%q: %v, want %v", line, got, want)
+		}
 	}
 }
 
