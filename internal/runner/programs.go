@@ -401,28 +401,11 @@ func (r *runner) site(ctx context.Context) error {
 	})
 	g.Go(func() error {
 		defer stopRelay()
-		c, err := flower.StartClient(gctx, flower.ClientConfig{
+		return r.supernode(ctx, gctx, sess, flower.ClientConfig{
 			Install: p.inst, AppDir: p.dir, RunDir: p.dir, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Superlink: ln.Addr().String(),
 			NodeConfig: r.spec.Spec.NodeConfigFor(r.spec.Party, r.spec.Index, r.spec.Count), RunConfig: r.spec.Spec.RunConfig, Env: p.env, Party: r.spec.Party,
 			OnEvent: r.event, OnLogError: r.diskError,
 		})
-		if err != nil {
-			return err
-		}
-		defer func() { c.Stop(r.grace(ctx)) }()
-		r.move(job.PartyReady, nil)
-		select {
-		case <-c.Done():
-			r.buried(relaying, sess)
-			if err := c.Err(); err != nil {
-				return err
-			}
-			return problem.New(problem.ProgramFailed, "look into client_app_log.txt", "the supernode at %s ended by itself before the job did", r.spec.Party)
-		case <-sess.Done():
-			return problem.Wrap(sess.Err(), problem.LinkLost, "check the network between the site and the hub", "the link between %s and the hub broke", r.spec.Party)
-		case <-gctx.Done():
-			return context.Cause(gctx)
-		}
 	})
 	return g.Wait()
 }

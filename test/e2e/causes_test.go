@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -158,6 +159,20 @@ var endings = []ending{
 		name: "a supernode is killed before the app runs",
 		app:  "slow", args: sleepy, act: func(r *run) { r.kill(r.program("site-1", "flower-supernode")) },
 		code: problem.ProgramFailed, party: "site-1", says: []string{"flower-supernode", "killed"},
+	},
+	{
+		name: "a supernode is killed in its first round and started again",
+		app:  "slow", flwr: "1.30.0", prep: copied(func(dir string) error {
+			return appendTo(filepath.Join(dir, "pyproject.toml"), "\n[tool.pergola.site]\nrestarts = 1\n")
+		}),
+		// The evaluation needs both sites, so the round ends only after the second supernode has joined.
+		args: []string{"--run-config", "num-server-rounds=1 sleep=4"}, act: func(r *run) {
+			r.round(1)
+			if err := syscall.Kill(r.program("site-1", "flower-supernode"), syscall.SIGKILL); err != nil {
+				r.t.Fatal(err)
+			}
+		},
+		state: job.Succeeded, more: restarted,
 	},
 	{
 		name: "the server app is killed",
@@ -397,6 +412,37 @@ func appAt(put func(path string) error) func(*testing.T, *spec) {
 		if err := put(s.app); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// restarted checks that site-1's supernode died once, that a warning says so, and that the party stayed what it was.
+func restarted(t *testing.T, res result) {
+	t.Helper()
+	var codes []int
+	var warned, moved int
+	for _, e := range res.Events {
+		if e.Party != "site-1" {
+			continue
+		}
+		switch e.Kind {
+		case job.KindProgramEnded:
+			codes = append(codes, as[job.Program](t, e).Code)
+		case job.KindWarning:
+			m := as[job.Text](t, e).Message
+			if strings.Contains(m, "flower-supernode ended unexpectedly (ended by signal 9 (killed)); it last said: ") && strings.Contains(m, "; starting it again in ") {
+				warned++
+			}
+		case job.KindPartyState:
+			if c := as[job.PartyStateChange](t, e); c.To == job.PartyReady || c.To == job.PartyFailed {
+				moved++
+			}
+		}
+	}
+	if len(codes) != 2 || codes[0] != -9 || codes[1] == -9 || warned != 1 || moved != 1 {
+		t.Errorf("the supernodes of site-1 ended with %v, %d warnings, %d moves to ready or failed; want -9 and another, 1, 1", codes, warned, moved)
+	}
+	if rs := res.Summary.Rounds; len(rs) != 1 || len(rs[0].Phases["evaluate"]) == 0 {
+		t.Errorf("the rounds are %+v, want one with an evaluation", rs)
 	}
 }
 
