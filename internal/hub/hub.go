@@ -66,6 +66,7 @@ type Hub struct {
 	mu    sync.Mutex // guards the rest
 	sites map[string]*siteState
 	jobs  map[job.ID]*control
+	links map[pki.Identity]int // that are spliced
 }
 
 // siteState is what the hub knows of a site's agent.
@@ -80,7 +81,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &Hub{dir: dir, log: log, opened: time.Now(), sites: map[string]*siteState{}, jobs: map[job.ID]*control{}}
+	h := &Hub{dir: dir, log: log, opened: time.Now(), sites: map[string]*siteState{}, jobs: map[job.ID]*control{}, links: map[pki.Identity]int{}}
 	if err := config.Read(filepath.Join(dir, ConfigFile), &h.conf); err != nil {
 		return nil, err
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/netip"
 	"sync"
 	"time"
 
@@ -16,10 +17,16 @@ import (
 	"github.com/pergolafl/pergola/internal/sock"
 )
 
-// Limits on connections that have not said who they are.
+// Limits on connections that have not said who they are, and on the links of one that has. A handshake holds 256 KiB at most,
+// what crypto/tls takes for a client's certificates.
 const (
 	maxHandshakes    = 512
 	handshakeTimeout = 10 * time.Second
+	// maxPerSource is how many handshakes may be under way from one address, an IPv6 network of 64 bits counting as one: nobody can fill the
+	// house alone. Further ones are closed at once; who means well comes again.
+	maxPerSource = 128
+	// maxLinks is how many links of one party there may be: one is in use, others may be dead and not yet known to be.
+	maxLinks = 32
 )
 
 // port is the one listener: it does the handshakes and tells links from the API by what ALPN agreed on.
@@ -29,11 +36,15 @@ type port struct {
 	log  *slog.Logger
 	http *connListener
 	busy chan struct{} // one token for each handshake under way
+	wait time.Duration // how long one may take
+
+	mu      sync.Mutex
+	sources map[netip.Addr]int // guarded by mu: handshakes under way
 }
 
 func newPort(ln net.Listener, conf *tls.Config, log *slog.Logger) *port {
 	return &port{
-		ln: ln, conf: conf, log: log, busy: make(chan struct{}, maxHandshakes),
+		ln: ln, conf: conf, log: log, busy: make(chan struct{}, maxHandshakes), wait: handshakeTimeout, sources: map[netip.Addr]int{},
 		http: &connListener{addr: ln.Addr(), conns: make(chan net.Conn), closed: make(chan struct{})},
 	}
 }
@@ -70,11 +81,19 @@ func (p *port) run(ctx context.Context, onLink func(*tls.Conn)) error {
 			}
 			return err
 		}
+		source := sourceOf(c)
+		if !p.enter(source) {
+			<-p.busy
+			p.log.Debug("too many handshakes from one address", "from", c.RemoteAddr().String())
+			c.Close()
+			continue
+		}
 		wg.Go(func() {
 			tc := tls.Server(c, p.conf)
-			hs, cancel := context.WithTimeout(ctx, handshakeTimeout)
+			hs, cancel := context.WithTimeout(ctx, p.wait)
 			err := tc.HandshakeContext(hs)
 			cancel()
+			p.leave(source)
 			<-p.busy
 			if err != nil {
 				p.log.Debug("a handshake failed", "from", c.RemoteAddr().String(), "err", err)
@@ -87,6 +106,39 @@ func (p *port) run(ctx context.Context, onLink func(*tls.Conn)) error {
 			}
 			p.http.give(ctx, tc)
 		})
+	}
+}
+
+// sourceOf gives the address that a connection comes from, of IPv6 the network.
+func sourceOf(c net.Conn) netip.Addr {
+	ap, err := netip.ParseAddrPort(c.RemoteAddr().String())
+	if err != nil {
+		return netip.Addr{}
+	}
+	a := ap.Addr().Unmap().WithZone("")
+	if a.Is6() {
+		if n, err := a.Prefix(64); err == nil {
+			return n.Addr()
+		}
+	}
+	return a
+}
+
+func (p *port) enter(a netip.Addr) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.sources[a] >= maxPerSource {
+		return false
+	}
+	p.sources[a]++
+	return true
+}
+
+func (p *port) leave(a netip.Addr) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.sources[a]--; p.sources[a] == 0 {
+		delete(p.sources, a)
 	}
 }
 
@@ -140,6 +192,11 @@ func (h *Hub) splice(ctx context.Context, c *tls.Conn) {
 		h.log.Warn("a link was refused", "identity", id.String(), "err", err)
 		return
 	}
+	if !h.linkUp(id) {
+		h.log.Warn("a link was refused", "identity", id.String(), "err", "it has too many")
+		return
+	}
+	defer h.linkDown(id)
 	up, err := sock.Dial(ctx, runner.LinkSocket(h.partyDir(jid)))
 	if err != nil {
 		h.log.Info("a link came before the job's runner was there", "identity", id.String(), "err", err)
@@ -152,6 +209,24 @@ func (h *Hub) splice(ctx context.Context, c *tls.Conn) {
 	}
 	if err := link.Splice(ctx, c, up); err != nil && ctx.Err() == nil {
 		h.log.Info("a link broke", "identity", id.String(), "err", err)
+	}
+}
+
+func (h *Hub) linkUp(id pki.Identity) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.links[id] >= maxLinks {
+		return false
+	}
+	h.links[id]++
+	return true
+}
+
+func (h *Hub) linkDown(id pki.Identity) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.links[id]--; h.links[id] == 0 {
+		delete(h.links, id)
 	}
 }
 
