@@ -23,6 +23,7 @@ import (
 const (
 	MLflowVar = "MLFLOW_TRACKING_URI"
 	PlainVar  = "PERGOLA_METRICS"
+	SiteVar   = "PERGOLA_SITE" // the party's name
 )
 
 const (
@@ -106,7 +107,7 @@ func (s *Server) Env(given []string) []string {
 		k, _, _ := strings.Cut(kv, "=")
 		set[k] = true
 	}
-	env := []string{PlainVar + "=" + s.base + "/metrics"}
+	env := []string{PlainVar + "=" + s.base + "/metrics", SiteVar + "=" + s.opt.Site}
 	if !set[MLflowVar] {
 		env = append(env, MLflowVar+"="+s.base)
 		if !set["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] {

@@ -234,9 +234,9 @@ func TestEnv(t *testing.T) {
 		name        string
 		given, want []string
 	}{
-		{"nothing was set", nil, []string{PlainVar, MLflowVar, "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "MLFLOW_DISABLE_TELEMETRY"}},
-		{"a tracking server of one's own", []string{"MLFLOW_TRACKING_URI=http://mine"}, []string{PlainVar, "MLFLOW_DISABLE_TELEMETRY"}},
-		{"telemetry as one likes", []string{"MLFLOW_DISABLE_TELEMETRY=false"}, []string{PlainVar, MLflowVar, "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"}},
+		{"nothing was set", nil, []string{PlainVar, SiteVar, MLflowVar, "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "MLFLOW_DISABLE_TELEMETRY"}},
+		{"a tracking server of one's own", []string{"MLFLOW_TRACKING_URI=http://mine"}, []string{PlainVar, SiteVar, "MLFLOW_DISABLE_TELEMETRY"}},
+		{"telemetry as one likes", []string{"MLFLOW_DISABLE_TELEMETRY=false"}, []string{PlainVar, SiteVar, MLflowVar, "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"}},
 	} {
 		var got []string
 		for _, kv := range s.Env(c.given) {
