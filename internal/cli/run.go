@@ -29,15 +29,15 @@ import (
 )
 
 type runFlags struct {
-	sites                                        int
-	minSites                                     int
-	out, engine, flwr, python, listen, siteProxy string
-	dials                                        map[string]string
-	runConfig, siteEnv                           []string
-	deadline, noProgress, start, join            string
-	mandatory                                    []string
-	strict, strictSet, sitesSet                  bool
-	json, quiet, verbose, relock                 bool
+	sites                                              int
+	minSites                                           int
+	out, engine, flwr, python, listen, siteProxy, apps string
+	dials                                              map[string]string
+	runConfig, siteEnv                                 []string
+	deadline, noProgress, start, join                  string
+	mandatory                                          []string
+	strict, strictSet, sitesSet                        bool
+	json, quiet, verbose, relock                       bool
 }
 
 func newRun(e env) *cobra.Command {
@@ -80,6 +80,7 @@ Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 
 	fl.StringVar(&f.noProgress, "no-progress", "", "end the job when nothing moves for this long (default 1h)")
 	fl.StringVar(&f.start, "start-timeout", "", "longest wait for all parties to be ready, builds not counted (default 10m)")
 	fl.StringVar(&f.out, "out", "", "new or empty directory for logs and results (default ./pergola-runs/<app>-<time>)")
+	fl.StringVar(&f.apps, "apps", "", "folder with apps that lie ready on this machine, for app-path in [tool.pergola.server] and [tool.pergola.site]")
 	fl.StringVar(&f.siteProxy, "site-proxy", "", "have the sites reach the hub through this proxy, to try out what one does to a job")
 	must(fl.MarkHidden("site-proxy")) // a rehearsal: here the hub is on this machine
 	fl.StringVar(&f.listen, "listen", "", "address of the hub's one port (default any free port of 127.0.0.1)")
@@ -157,7 +158,13 @@ func inside(dir, app string) (bool, error) {
 
 // options checks the flags.
 func (f *runFlags) options(app string) (localrun.Options, error) {
-	o := localrun.Options{App: app, Out: f.out, Sites: f.sites, Listen: f.listen, Dials: f.dials, SiteProxy: f.siteProxy, Relock: f.relock, Level: slog.LevelInfo}
+	if f.apps != "" {
+		var err error
+		if f.apps, err = filepath.Abs(f.apps); err != nil {
+			return localrun.Options{}, err
+		}
+	}
+	o := localrun.Options{App: app, Apps: f.apps, Out: f.out, Sites: f.sites, Listen: f.listen, Dials: f.dials, SiteProxy: f.siteProxy, Relock: f.relock, Level: slog.LevelInfo}
 	if f.verbose {
 		o.Level = slog.LevelDebug
 	}

@@ -175,11 +175,11 @@ func executable(path string) (os.FileInfo, error) {
 	name := filepath.Base(path)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
-		return nil, problem.New(problem.ProgramFailed, installHint, "%s is not installed: there is no %s", name, path)
+		return nil, problem.New(problem.ProgramFailed, pipHint(filepath.Dir(path), ""), "%s is not installed: there is no %s", name, path)
 	case err != nil:
 		return nil, problem.Wrap(err, problem.ProgramFailed, installHint, "%s cannot be used", path)
 	case !info.Mode().IsRegular() || info.Mode()&0o111 == 0:
-		return nil, problem.New(problem.ProgramFailed, "make it executable (chmod +x), or install Flower anew", "%s cannot be started: %s is not an executable file", name, path)
+		return nil, problem.New(problem.ProgramFailed, "make it executable (chmod +x); or "+pipHint(filepath.Dir(path), ""), "%s cannot be started: %s is not an executable file", name, path)
 	}
 	return info, nil
 }

@@ -93,7 +93,7 @@ func TestJudge(t *testing.T) {
 
 func TestProbeRefuses(t *testing.T) {
 	dir := t.TempDir()
-	if _, err := Probe(t.Context(), Env{Bin: dir}, ""); problem.CodeOf(err) != problem.ProgramFailed || !strings.Contains(err.Error(), "pip install flwr") {
+	if _, err := Probe(t.Context(), Env{Bin: dir}, ""); problem.CodeOf(err) != problem.ProgramFailed || !strings.Contains(err.Error(), "-m pip install --force-reinstall flwr") {
 		t.Errorf("nothing installed: %v", err)
 	}
 	for _, name := range []string{"flower-superlink", "flower-supernode"} {

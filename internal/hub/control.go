@@ -667,7 +667,7 @@ func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job, h
 			Attempt: attempt, NotBefore: notBefore,
 			Job: c.id, Party: job.HubParty, Count: len(j.Spec.Sites), Spec: j.Spec,
 			Bundle: c.hub.bundleDir(j.Bundle), Logs: c.hub.logDir(c.id, job.HubParty), Results: filepath.Join(c.hub.jobDir(c.id), "results"),
-			Cache: c.hub.conf.Cache, Python: c.hub.conf.Python, Existing: c.hub.conf.Existing, Mark: mark,
+			Cache: c.hub.conf.Cache, Python: c.hub.conf.Python, Existing: c.hub.conf.Existing, Apps: c.hub.conf.Apps, Mark: mark,
 		})
 	}
 	if err != nil {

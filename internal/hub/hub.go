@@ -43,6 +43,7 @@ type Config struct {
 	Python    string       `toml:"python"`     // interpreter for the hub's side of jobs; "" = the best of PATH
 	Existing  bool         `toml:"existing"`   // use Python as it is, build no environments
 	Cache     string       `toml:"cache"`      // environments; "" = the user's cache folder
+	Apps      string       `toml:"apps"`       // folder with apps that lie ready, for a job's server.app-path; "" = none
 	SiteGrace job.Duration `toml:"site-grace"` // how long a site's agent may be away in a job; default the job's outage-tolerance
 	Mark      string       `toml:"mark"`       // begins the marks of this hub's programs; default "hub"
 }

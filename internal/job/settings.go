@@ -38,12 +38,12 @@ var Settings = []Setting{
 	{"server.ready-timeout", "duration", `"1m"`, "", "until the superlink serves, and until it knows the ready sites' supernodes", "`superlink_ready_timeout` (10 s), `flower_server_ready_timeout` (10 s)"},
 	{"server.stop-grace", "duration", `"2s"`, "", "pause between asking Flower to stop the run and ending its superlink; at most `\"10s\"`; `\"0\"`: none", "`superlink_grace_period`"},
 	{"server.restarts", "whole number", "0", "", "how often the job is started again when the hub's runner of it died; needs `database` ([below](#when-the-hubs-runner-dies))", ""},
-	{"server.app-path", "string", "the bundle's app", "", "an app that lies ready on the hub's machine, as a path below its folder for apps", "`flower_app_path`"},
+	{"server.app-path", "string", "the bundle's app", "", "an app that lies ready on the hub's machine, as a path below its folder for apps ([more](predeployed-apps.md))", "`flower_app_path`"},
 	{"server.env", "table of strings", "none", "", "variables for the superlink and the server app", ""},
 	{"site.env", "table of strings", "none", "--site-env", "variables for the supernode and the client app", "`extra_env`"},
 	{"site.node-config", "table", "`partition-id`, `num-partitions`", "", "what Flower hands to the client app as its node's configuration", "fixed: `client-name`, `partition-id`, `num-partitions`"},
 	{"site.restarts", "whole number", "0", "", "how often a supernode that died is started again", "none: as if 0"},
-	{"site.app-path", "string", "the bundle's app", "", "an app that lies ready at the site, as a path below its folder for apps", "`flower_app_path`"},
+	{"site.app-path", "string", "the bundle's app", "", "an app that lies ready at the site, as a path below its folder for apps; flwr 1.12 and older ([more](predeployed-apps.md))", "`flower_app_path`"},
 }
 
 // Absent has the reference system's settings to which none of Settings answers, and why.

@@ -35,6 +35,8 @@ type Options struct {
 	// Dials has, for some sites, another address of the hub ("host:port") than the one it listens at: that of a forwarder,
 	// a tunnel, or a faulty network in a test. Such sites may be away for as long as the job tolerates outages.
 	Dials map[string]string
+	// Apps is the folder with apps that lie ready on this machine, for app-path; absolute, "" = none.
+	Apps string
 	// SiteProxy is the proxy of the sites' configurations; "" = none, as the hub is on this machine.
 	SiteProxy string
 

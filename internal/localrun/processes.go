@@ -118,7 +118,7 @@ func (r *run) startHub(ctx context.Context, auth *pki.Authority, env []string) (
 	}
 	mark := fmt.Sprintf("run-%d-%d", os.Getpid(), r.began.UnixNano())
 	if err := config.Write(filepath.Join(dir, hub.ConfigFile), hub.Config{
-		Listen: listen, Sites: r.names, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, SiteGrace: r.siteGrace(), Mark: mark,
+		Listen: listen, Sites: r.names, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, Apps: r.opt.Apps, SiteGrace: r.siteGrace(), Mark: mark,
 	}); err != nil {
 		return nil, "", diskProblem(err, r.out)
 	}
@@ -189,7 +189,7 @@ func (r *run) startSites(auth *pki.Authority, addr string, env []string) ([]*pro
 			dial = other
 		}
 		if err := config.Write(filepath.Join(dir, site.ConfigFile), site.Config{
-			Name: n, Hub: dial, Proxy: r.opt.SiteProxy, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, Mark: mark,
+			Name: n, Hub: dial, Proxy: r.opt.SiteProxy, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, Apps: r.opt.Apps, Mark: mark,
 		}); err != nil {
 			return out, diskProblem(err, r.out)
 		}

@@ -68,6 +68,13 @@ func (r *runner) prepare(ctx context.Context) (*prepared, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := inst.Check(r.spec.IsHub(), len(r.spec.Spec.Server.Args) > 0); err != nil {
+		return nil, err
+	}
+	app, source, err := r.source(app, contents.AppDir, inst)
+	if err != nil {
+		return nil, err
+	}
 	if inst.Warning != "" {
 		r.note(job.KindWarning, job.Text{Message: inst.Warning})
 	}
@@ -78,7 +85,7 @@ func (r *runner) prepare(ctx context.Context) (*prepared, error) {
 	if err := os.MkdirAll(r.spec.Logs, 0o700); err != nil {
 		return nil, err
 	}
-	if err := flower.Stage(app, contents.AppDir, p.dir, inst); err != nil {
+	if err := flower.Stage(app, source, p.dir, inst); err != nil {
 		return nil, err
 	}
 	if r.spec.IsHub() {

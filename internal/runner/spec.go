@@ -58,6 +58,7 @@ type Spec struct {
 
 	Python   string   `json:"python,omitempty"`   // interpreter to build environments with; "" = the best of PATH
 	Existing bool     `json:"existing,omitempty"` // use Python as it is and build nothing
+	Apps     string   `json:"apps,omitempty"`     // the party's folder with apps that lie ready, for app-path
 	Hub      []string `json:"hub,omitempty"`      // site's party: addresses of the hub, tried in turn; see package uplink
 	Proxy    string   `json:"proxy,omitempty"`    // site's party: the proxy on the way; "" = what the environment says
 

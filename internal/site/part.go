@@ -215,7 +215,7 @@ func (p *part) start(ctx context.Context, dir, logDir string) (*runner.Handle, e
 	}
 	return runner.Start(dir, runner.Spec{
 		Job: p.id, Party: a.conf.Name, Attempt: p.attempt(), Index: int(p.first.GetIndex()), Count: int(p.first.GetCount()), Spec: spec,
-		Bundle: bundleDir, Logs: logDir, Cache: a.conf.Cache, Python: a.conf.Python, Existing: a.conf.Existing,
+		Bundle: bundleDir, Logs: logDir, Cache: a.conf.Cache, Python: a.conf.Python, Existing: a.conf.Existing, Apps: a.conf.Apps,
 		Hub: a.hubs, Proxy: a.conf.Proxy, Mark: a.mark(p.id),
 	})
 }

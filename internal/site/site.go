@@ -39,6 +39,7 @@ type Config struct {
 	Python   string            `toml:"python"`   // interpreter for the site's side of jobs; "" = the best of PATH
 	Existing bool              `toml:"existing"` // use Python as it is, build no environments
 	Cache    string            `toml:"cache"`    // environments; "" = the user's cache folder
+	Apps     string            `toml:"apps"`     // folder with apps that lie ready, for a job's site.app-path; "" = none
 	Env      map[string]string `toml:"env"`      // for every program at this site; wins over the job's
 	Mark     string            `toml:"mark"`     // begins the marks of this agent's programs; default the site's name
 }
