@@ -93,7 +93,7 @@ var beside = map[string]bool{
 // what they bring does not spread.
 var only = map[string][]string{
 	"github.com/spf13/cobra":                     {"cli"},
-	"modernc.org/sqlite":                         {"store/sqlite"},
+	"modernc.org/sqlite":                         {"store/sqlite", "flower"},
 	"github.com/rogpeppe/go-internal/testscript": {},
 	"go.uber.org/goleak":                         {},
 	"pgregory.net/rapid":                         {"store/storetest"},

@@ -659,13 +659,9 @@ func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job, h
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return diskProblem(err)
 		}
-		var notBefore time.Time
-		if attempt > 0 {
-			notBefore = time.Now().Add(runner.NodesForgotten)
-		}
 		hd, err = runner.Start(dir, runner.Spec{
-			Attempt: attempt, NotBefore: notBefore,
-			Job: c.id, Party: job.HubParty, Count: len(j.Spec.Sites), Spec: j.Spec,
+			Attempt: attempt,
+			Job:     c.id, Party: job.HubParty, Count: len(j.Spec.Sites), Spec: j.Spec,
 			Bundle: c.hub.bundleDir(j.Bundle), Logs: c.hub.logDir(c.id, job.HubParty), Results: filepath.Join(c.hub.jobDir(c.id), "results"),
 			Cache: c.hub.conf.Cache, Python: c.hub.conf.Python, Existing: c.hub.conf.Existing, Apps: c.hub.conf.Apps, Mark: mark,
 		})

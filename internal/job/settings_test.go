@@ -121,8 +121,8 @@ any version: what it computed is lost unless the app itself has written it somew
 | up to 1.12 | nodes, messages and runs; the server app is a program of its own and is started again |
 | 1.13 to 1.41 | nodes, messages, runs, their states and their FABs, and from 1.30 on their output; the new attempt is a further run, and the one before it stays as it was |
 
-The nodes of the attempt before count as online for Flower until they have been silent for up to 60 s. The server app is started only after that, so that
-its strategy does not choose nodes that are gone.
+A superlink that dies leaves its nodes online in the file, for as long as their supernodes had announced. They are taken offline in it before the
+next superlink starts, so that no strategy chooses nodes that are gone.
 
 ## Settings of the reference system that have no counterpart
 

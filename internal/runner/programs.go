@@ -234,6 +234,9 @@ func (r *runner) hub(ctx context.Context) error {
 		if err := os.MkdirAll(r.spec.Results, 0o700); err != nil {
 			return err
 		}
+		if err := r.renewDatabase(gctx); err != nil {
+			return err
+		}
 		srv, err = flower.StartServer(gctx, flower.ServerConfig{
 			Install: p.inst, AppDir: p.dir, RunDir: r.spec.Results, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Env: p.env,
 			Args: r.spec.Spec.Server.Args, RunConfig: r.spec.Spec.RunConfig, Database: r.spec.Spec.Server.Database,
@@ -287,9 +290,6 @@ func (r *runner) serve(ctx context.Context, srv *flower.Server) error {
 		if c := context.Cause(nodes); c != nil {
 			return c
 		}
-		return err
-	}
-	if err := r.waitForNodes(ctx); err != nil {
 		return err
 	}
 	r.note(job.KindSitesReady, job.SitesReady{Ready: n, Wanted: r.spec.Count})

@@ -3,13 +3,13 @@ package runner
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
 
-	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/flower"
+	"github.com/pergolafl/pergola/internal/problem"
 )
 
 // Renew makes room in a party's directory for the given attempt: a runner that an older attempt has left is ended, with all
@@ -51,17 +51,24 @@ func Renew(dir string, attempt int, mark string) error {
 	return err
 }
 
-// waitForNodes waits until the nodes of an attempt before are no longer online for the superlink, whose database knows them.
-func (r *runner) waitForNodes(ctx context.Context) error {
-	wait := time.Until(r.spec.NotBefore)
-	if wait <= 0 {
+// renewDatabase makes the database that an attempt before has left fit for this one.
+func (r *runner) renewDatabase(ctx context.Context) error {
+	path := r.spec.Spec.Server.Database
+	if r.spec.Attempt == 0 || path == "" || path == ":memory:" {
 		return nil
 	}
-	r.note(job.KindNote, job.Text{Message: fmt.Sprintf("the app starts in %s, when Flower has forgotten the nodes of the attempt before", wait.Round(time.Second))})
-	select {
-	case <-time.After(wait):
-		return nil
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	if !filepath.IsAbs(path) {
+		path = filepath.Join(r.spec.Results, path)
 	}
+	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+		return nil // that attempt did not come so far
+	}
+	n, err := flower.TakeOffline(ctx, path)
+	if err != nil {
+		return problem.Wrap(err, problem.ProgramFailed, "see what is in the file; without it the job can be submitted again", "the superlink's database of the attempt before cannot be used")
+	}
+	if n > 0 {
+		r.log.Info("nodes of the attempt before were taken offline", "count", n)
+	}
+	return nil
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/pergolafl/pergola/internal/job"
 )
@@ -48,8 +47,7 @@ type Spec struct {
 	Count int      `json:"count"` // their number
 	Spec  job.Spec `json:"spec"`
 
-	Attempt   int       `json:"attempt,omitempty"`   // of the party, from 0
-	NotBefore time.Time `json:"not_before,omitzero"` // hub's party: when the app may start, see [NodesForgotten]
+	Attempt int `json:"attempt,omitempty"` // of the party, from 0
 
 	Bundle  string `json:"bundle"`            // folder of the unpacked bundle, never written to
 	Logs    string `json:"logs"`              // folder for the programs' logs
@@ -65,11 +63,6 @@ type Spec struct {
 	Tmp  string `json:"tmp"`  // TMPDIR of the runner and its programs, removed with them; made by Start if empty
 	Mark string `json:"mark"` // in the environment of every program, so that none is overlooked
 }
-
-// NodesForgotten is how long after a superlink's end none of its nodes counts as online any more in the database that it has
-// left: nodes say every 30 s that they are there, and are believed for twice as long (flwr/common/constant.py,
-// PING_DEFAULT_INTERVAL and HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE; 1.12 to 1.41).
-const NodesForgotten = 65 * time.Second
 
 // IsHub tells whether this is the hub's side of the job.
 func (s Spec) IsHub() bool { return s.Party == job.HubParty }

@@ -1,6 +1,8 @@
 package e2e
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -85,5 +87,39 @@ func TestSiteComesBack(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// The hub's runner is killed in a job that may be started again: all parties begin anew, and the app runs on the same database.
+func TestHubRunnerRestarts(t *testing.T) {
+	t.Parallel()
+	hub := `[tool.pergola.server]
+database = "state.db"
+restarts = 1
+`
+	s := spec{app: "late", args: []string{"--flwr", "1.30.0", "--run-config", "first=2", "--run-config", "sleep=3.0"}}
+	copied(func(dir string) error { return appendTo(filepath.Join(dir, "pyproject.toml"), hub) })(t, &s)
+	r := start(t, s)
+	r.round(1)
+	r.kill(r.service("runner", "hub"))
+	r.struck = time.Time{} // that is not the job's end
+	res := r.end()
+	if res.Code != 0 {
+		t.Fatalf("exit %d, %s\n%s", res.Code, causeText(res.Summary), res.Stderr)
+	}
+	r.one(res, "the hub's runner of the job ended unexpectedly", "attempt 2 of 2 begins")
+	for _, p := range res.Parties {
+		if p.Attempt != 1 || p.State != job.PartyDone {
+			t.Errorf("%s ended as %s in attempt %d", p.Name, p.State, p.Attempt)
+		}
+	}
+	// The first round stands twice, with the same numbers; nobody of the attempt before took part.
+	last := res.Summary.Rounds[len(res.Summary.Rounds)-2:]
+	sameRounds(t, last, []localrun.RoundMetrics{lateRound(1, 0, 6), lateRound(2, 6, 12)})
+	if len(res.Summary.Failures) > 0 {
+		t.Errorf("clients failed: %+v", res.Summary.Failures)
+	}
+	if fi, err := os.Stat(filepath.Join(r.out, "results", "state.db")); err != nil || fi.Size() == 0 {
+		t.Errorf("the database is not among the results: %v", err)
 	}
 }

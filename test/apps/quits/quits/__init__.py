@@ -1,0 +1,1 @@
+"""Its server app exits before it asks any client."""
