@@ -1,0 +1,313 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pergolafl/pergola/internal/api"
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/bundle"
+	"github.com/pergolafl/pergola/internal/config"
+	"github.com/pergolafl/pergola/internal/flower"
+	"github.com/pergolafl/pergola/internal/hub"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/proc"
+	"github.com/pergolafl/pergola/internal/pyenv"
+	"github.com/pergolafl/pergola/internal/site"
+)
+
+// A daemon is a hub or an agent that runs by itself, with a directory of its own.
+type daemon struct {
+	t    *testing.T
+	role string // "hub" or "site"
+	dir  string
+	tmp  string
+	cmd  *exec.Cmd
+	mu   sync.Mutex // guards out
+	out  bytes.Buffer
+}
+
+func (s *daemon) start() {
+	s.t.Helper()
+	s.cmd = exec.CommandContext(context.Background(), binary, s.role, "--dir", s.dir)
+	s.cmd.Env = append(os.Environ(), "TMPDIR="+s.tmp)
+	w := lockedWriter{&s.mu, &s.out}
+	s.cmd.Stdout, s.cmd.Stderr = w, w
+	s.cmd.WaitDelay = 5 * time.Second // its runners outlive it
+	s.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := s.cmd.Start(); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *daemon) kill() {
+	if s.cmd != nil {
+		_ = s.cmd.Process.Kill()
+		_ = s.cmd.Wait() // it was killed
+		s.cmd = nil
+	}
+}
+
+// fleetOf is a hub with sites, as they would run on machines of their own.
+type fleetOf struct {
+	hub    *daemon
+	sites  []*daemon
+	client *api.Client
+	mark   string
+	job    job.ID
+}
+
+func daemons(t *testing.T, names ...string) *fleetOf {
+	t.Helper()
+	auth, err := pki.NewAuthority("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := t.TempDir()
+	addr := freeAddress(t)
+	f := &fleetOf{mark: "restart"}
+	keys := func(dir, name string, id pki.Identity) {
+		t.Helper()
+		pair, err := auth.NewKeypair(id, nil, time.Hour)
+		if err == nil {
+			err = os.MkdirAll(dir, 0o700)
+		}
+		if err == nil {
+			err = pki.SaveKeypair(dir, name, pair)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	write := func(path string, conf any) {
+		t.Helper()
+		if err := config.Write(path, conf); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.hub = &daemon{t: t, role: "hub", dir: filepath.Join(root, "hub"), tmp: root}
+	keys(f.hub.dir, "hub", pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
+	if err := auth.Save(f.hub.dir); err != nil {
+		t.Fatal(err)
+	}
+	write(filepath.Join(f.hub.dir, hub.ConfigFile), hub.Config{Listen: addr, Sites: names, Mark: f.mark})
+	for _, n := range names {
+		s := &daemon{t: t, role: "site", dir: filepath.Join(root, n), tmp: root}
+		keys(s.dir, "site", pki.Identity{Kind: pki.KindSite, Name: n})
+		write(filepath.Join(s.dir, site.ConfigFile), site.Config{Name: n, Hub: addr, Mark: f.mark})
+		f.sites = append(f.sites, s)
+	}
+	pair, err := auth.NewKeypair(pki.Identity{Kind: pki.KindUser, Name: "anna"}, nil, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := pair.Certificate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.client = api.NewClient(addr, pki.ClientTLS(cert, auth.Roots(), pki.HubName))
+	t.Cleanup(func() {
+		for _, s := range append(f.sites, f.hub) {
+			s.kill()
+			if t.Failed() {
+				t.Logf("%s:\n%s", s.dir, s.out.String())
+			}
+		}
+		for _, party := range append(names, job.HubParty) {
+			if n, err := proc.KillMarked(fmt.Sprintf("%s-%s-%s", f.mark, f.job, party)); err != nil || n > 0 {
+				t.Errorf("%d programs of %s were left; %v", n, party, err)
+			}
+		}
+	})
+	return f
+}
+
+// submit packs an app as `pergola run` does, and submits it.
+func (f *fleetOf) submit(t *testing.T, app string, spec job.Spec) job.ID {
+	t.Helper()
+	ctx := t.Context()
+	a, err := flower.LoadApp(filepath.Join(apps, app))
+	if err != nil {
+		t.Fatal(err)
+	}
+	in, err := pyenv.Find(ctx, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lock, err := pyenv.MakeLock(ctx, pyenv.DefaultCache(), in, pyenv.Requirements{Names: a.Dependencies, Flwr: spec.Flwr, RequiresPython: a.RequiresPython}, pyenv.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	spec.FlwrVersion, spec.PythonVersion, spec.App = lock.Flwr, lock.Python, job.App{Name: a.Name, Version: a.Version}
+	spec = spec.WithDefaults()
+	text, err := json.Marshal(spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	packed, err := bundle.Build(filepath.Join(apps, app), bundle.Input{App: bundle.Meta{Name: a.Name, Version: a.Version}, Lock: []byte(lock.Text), Job: text})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var buf bytes.Buffer
+	if err := packed.Write(&buf); err != nil {
+		t.Fatal(err)
+	}
+	var up interface {
+		Send(*pb.UploadBundleRequest) error
+		CloseAndReceive() (*pb.UploadBundleResponse, error)
+	}
+	for deadline := time.Now().Add(time.Minute); ; { // until the hub listens
+		if up, err = f.client.Bundles.UploadBundle(ctx); err == nil {
+			if err = up.Send(&pb.UploadBundleRequest{Digest: packed.Digest, Data: buf.Bytes()}); err == nil || errors.Is(err, io.EOF) {
+				_, err = up.CloseAndReceive()
+			}
+		}
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	res, err := f.client.Jobs.SubmitJob(ctx, &pb.SubmitJobRequest{Name: app, BundleDigest: packed.Digest, SpecJson: string(text)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.job = job.ID(res.GetJob().GetId())
+	return f.job
+}
+
+// watch gives the job's events from the one after the given until fn is content, whatever becomes of the hub meanwhile.
+func (f *fleetOf) watch(t *testing.T, id job.ID, after int64, fn func(job.Event) bool) int64 {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	for ctx.Err() == nil {
+		s, err := f.client.Jobs.WatchJob(ctx, &pb.WatchJobRequest{Id: string(id), After: after})
+		for err == nil {
+			var m *pb.WatchJobResponse
+			if m, err = s.Receive(); err != nil {
+				break
+			}
+			var e job.Event
+			if e, err = api.FromEvent(m.GetEvent()); err != nil {
+				t.Fatal(err)
+			}
+			after = e.Seq
+			if fn(e) {
+				_ = s.Close() // enough
+				return after
+			}
+		}
+		time.Sleep(100 * time.Millisecond) // the hub is away
+	}
+	t.Fatal("what was waited for did not come")
+	return 0
+}
+
+// The hub and a site's agent are killed in the middle of a round and started again half a minute later: the runners and the link
+// between them go on, and the job ends with the numbers of an undisturbed one.
+func TestHubAndAgentAreKilled(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name  string
+		which func(*fleetOf) []*daemon
+	}{
+		{"hub", func(f *fleetOf) []*daemon { return []*daemon{f.hub} }},
+		{"agent", func(f *fleetOf) []*daemon { return f.sites[:1] }},
+		{"both", func(f *fleetOf) []*daemon { return []*daemon{f.hub, f.sites[0]} }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			f := daemons(t, "site-1", "site-2")
+			f.hub.start()
+			for _, s := range f.sites {
+				s.start()
+			}
+			rounds := 4
+			id := f.submit(t, "tiny", job.Spec{Sites: []string{"site-1", "site-2"}, Flwr: "1.30.0", RunConfig: []string{fmt.Sprintf("num-server-rounds=%d", rounds)}})
+			var got []job.Event
+			last := job.State("")
+			take := func(e job.Event) {
+				got = append(got, e)
+				var s job.JobState
+				if e.Kind == job.KindJobState && e.Decode(&s) == nil {
+					last = s.To
+				}
+			}
+			after := f.watch(t, id, 0, func(e job.Event) bool {
+				take(e)
+				var r job.Round
+				return e.Kind == job.KindRound && e.Decode(&r) == nil && r.Round == 2 || last.Terminal()
+			})
+			for _, s := range c.which(f) {
+				s.kill()
+			}
+			time.Sleep(30 * time.Second) // the outage
+			for _, s := range c.which(f) {
+				s.start()
+			}
+			f.watch(t, id, after, func(e job.Event) bool {
+				take(e)
+				return last.Terminal()
+			})
+			if last != job.Succeeded {
+				t.Errorf("the job %s", last)
+			}
+			values := map[string]float64{}
+			for _, e := range got {
+				switch e.Kind {
+				case job.KindMetrics:
+					var m job.Metrics
+					if err := e.Decode(&m); err != nil {
+						t.Fatal(err)
+					}
+					for k, v := range m.Values {
+						values[fmt.Sprintf("%d %s %s", m.Round, m.Phase, k)] = v
+					}
+				case job.KindClientFailure:
+					t.Errorf("a client failed: %+v", e)
+				}
+			}
+			want := map[string]float64{}
+			for _, r := range tinyRoundsOf(rounds) {
+				for phase, vs := range r.Phases {
+					for k, v := range vs {
+						want[fmt.Sprintf("%d %s %s", r.Round, phase, k)] = v
+					}
+				}
+			}
+			for k, w := range want {
+				if v, ok := values[k]; !ok || v-w > 1e-6 || w-v > 1e-6 {
+					t.Errorf("%s is %v, want %v", k, v, w)
+				}
+			}
+			if len(values) != len(want) {
+				t.Errorf("got %v, want %v", values, want)
+			}
+			if !strings.Contains(f.hub.text(), hub.ListeningPrefix) {
+				t.Error("the hub never said where it listens")
+			}
+		})
+	}
+}
+
+func (s *daemon) text() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.out.String()
+}
