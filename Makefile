@@ -34,7 +34,7 @@ BENCH        ?=
 
 .PHONY: help
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^##@ / {printf "\n%s\n", substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@printf '\nVariables: PKG=./internal/link RUN=TestName FUZZTIME=%s SOAKTIME=%s BENCH="--rounds 3"\n' '$(FUZZTIME)' '$(SOAKTIME)'
 
 .PHONY: build
@@ -99,6 +99,10 @@ soak: ## Run every fuzz target, and faults of the link by random seeds, for SOAK
 .PHONY: bench
 bench: build needs ## Compare with plain Flower: the same app both ways, in turn (BENCH="--help")
 	$(GO) run ./test/bench --pergola bin/pergola --cache $(CACHE)/bench $(BENCH)
+
+.PHONY: bench-link
+bench-link: ## Measure the link beside TCP and TLS alone, and with 1,000 sites (BENCH="--help")
+	$(GO) run ./test/bench link $(BENCH)
 
 .PHONY: clean
 clean: ## Remove what was built; the caches stay (remove .cache/ for those)

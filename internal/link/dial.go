@@ -13,7 +13,7 @@ import (
 const (
 	// firstPause and maxPause are between attempts to make a transport. The first attempt after a cut is made at once.
 	firstPause = 100 * time.Millisecond
-	maxPause   = 5 * time.Second
+	maxPause   = 2 * time.Second
 	// steady is how long a transport must last to be worth an attempt at once when it is lost, if it has carried nothing.
 	steady = 10 * time.Second
 	// dialWait is how long one call of a Dialer may take.

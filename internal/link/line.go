@@ -24,6 +24,8 @@ const (
 	// maxUnsent is how many bytes may wait to be sent for the first time: what the multiplexer puts in comes out in
 	// order, so a small request waits for all of it.
 	maxUnsent = 256 << 10
+	// keepRing is how much memory an emptied replay buffer keeps while there is traffic.
+	keepRing = 1 << 20
 	// ackDelay is how long an end waits for more to acknowledge.
 	ackDelay = 25 * time.Millisecond
 	// maxAckStep is how many bytes an end lets go unacknowledged at most, where the buffers are of the default size.
@@ -434,7 +436,7 @@ func (l *line) ackedLocked(received, limit uint64) {
 	l.out.discard(int(received - l.acked))
 	l.acked = received
 	l.limit = max(l.limit, limit)
-	if l.out.n == 0 && len(l.out.buf) > maxUnsent {
+	if l.out.n == 0 && len(l.out.buf) > keepRing { // a smaller one would be made anew at once; it goes when the line is idle
 		l.out.release()
 	}
 	l.room.Broadcast()
@@ -534,7 +536,7 @@ func (l *line) frames(tr *transport, b []byte) (out []byte, until time.Time, ove
 	end := l.endLocked()
 	n := 0
 	if to := min(end, l.limit); to > l.sent {
-		n = int(min(to-l.sent, MaxData))
+		n = int(min(to-l.sent, sendData))
 	}
 	grant := max(l.grantLocked(), l.granted)
 	news := l.received > l.told || grant > l.granted

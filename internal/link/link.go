@@ -59,7 +59,7 @@ type Dialer func(ctx context.Context) (net.Conn, error)
 type Options struct {
 	// Peer is what the session of a dialling end calls its other end; acceptors learn it from the preface.
 	Peer Peer
-	// Retry is how long Dial goes on trying when no transport can be made, with pauses of 0.1 to 5 s. 0: one attempt.
+	// Retry is how long Dial goes on trying when no transport can be made, with pauses of 0.1 to 2 s. 0: one attempt.
 	// A refusal ends the trying at once.
 	Retry time.Duration
 	// Allow decides about a peer before it is welcomed (acceptors); nil allows every one. The peer is told no more
@@ -150,8 +150,15 @@ func Splice(ctx context.Context, a, b net.Conn) error {
 
 // pump copies until from ends (nil) or either fails.
 func pump(from, to net.Conn, ended <-chan struct{}) error {
-	b := buffers.Get().(*[spliceBuffer]byte) //nolint:errcheck // the pool holds nothing else
-	defer buffers.Put(b)
+	// A splice that is idle holds little: the large buffer is only had while there is much to carry.
+	little := make([]byte, idleBuffer)
+	b := little
+	var large *[spliceBuffer]byte
+	defer func() {
+		if large != nil {
+			buffers.Put(large)
+		}
+	}()
 	for {
 		select {
 		case <-ended:
@@ -160,11 +167,19 @@ func pump(from, to net.Conn, ended <-chan struct{}) error {
 			}
 		default:
 		}
-		n, err := from.Read(b[:])
+		n, err := from.Read(b)
 		if n > 0 {
 			if _, werr := to.Write(b[:n]); werr != nil {
 				return werr
 			}
+		}
+		switch {
+		case n == len(little) && large == nil:
+			large = buffers.Get().(*[spliceBuffer]byte) //nolint:errcheck // the pool holds nothing else
+			b = large[:]
+		case n < len(little) && large != nil:
+			buffers.Put(large)
+			large, b = nil, little
 		}
 		if errors.Is(err, io.EOF) {
 			return nil

@@ -16,10 +16,17 @@ import (
 // spliceBuffer is what one direction of a splice reads at a time, in bytes: four TLS records.
 const spliceBuffer = 64 << 10
 
+// idleBuffer is what one direction of a splice holds while little comes.
+const idleBuffer = 2 << 10
+
 var buffers = sync.Pool{New: func() any { return new([spliceBuffer]byte) }}
 
-// sendBuffer is the most that one write to a transport takes: an ACK, a full DATA frame and a CLOSE.
-const sendBuffer = unitHead + ackBody + unitHead + MaxData + unitHead
+// sendBuffer is the most that one write to a transport takes: an ACK, a DATA frame of sendData bytes and a CLOSE. It is four TLS
+// records, as large as they can be.
+const (
+	sendBuffer = 64 << 10
+	sendData   = sendBuffer - (unitHead + ackBody) - unitHead - unitHead
+)
 
 var sendBuffers = sync.Pool{New: func() any { return new([sendBuffer]byte) }}
 

@@ -5,7 +5,8 @@
 //
 // It builds each side's environment before it measures and does not count a first run of either. It
 // compares time, not numbers: that both give the same results is for the parity tests. `make bench` calls
-// it; start reading at [main], then plain.go and pergola.go.
+// it; start reading at [main], then plain.go and pergola.go. With "link" as its first argument it measures the
+// link alone, beside what limits it (link.go; `make bench-link`).
 package main
 
 import (
@@ -37,7 +38,15 @@ type options struct {
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	var err error
+	switch args := os.Args[1:]; {
+	case len(args) > 0 && args[0] == "link":
+		err = runLink(ctx, args[1:], os.Stdout, os.Stderr)
+	case len(args) > 0 && args[0] == hubChildName: // started by the one above
+		err = hubMain(ctx, args[1:], os.Stdout)
+	default:
+		err = run(ctx, args, os.Stdout, os.Stderr)
+	}
 	stop()
 	switch {
 	case errors.Is(err, flag.ErrHelp):

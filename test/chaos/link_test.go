@@ -457,7 +457,7 @@ func TestHubRestarts(t *testing.T) {
 		var work sync.WaitGroup
 		work.Go(func() { exchange(t, site, far, 64<<20, whole) })
 		for range 5 {
-			time.Sleep(time.Duration(6000+rng.IntN(500)) * time.Millisecond) // an attempt is made at least every 5 s
+			time.Sleep(time.Duration(6000+rng.IntN(500)) * time.Millisecond) // an attempt is made at least every 2 s
 			outer.SetDown(true)
 			kill() // every connection of the hub is gone
 			time.Sleep(30 * time.Second)

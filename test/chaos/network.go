@@ -1,7 +1,8 @@
 // Package chaos is a network that fails as it is told, for tests of what runs over it, and the tests that put the link
 // through it. Connections delay, crawl, stall, break off after so many bytes, die in one direction or for one end only, or
 // damage a bit; each does what its script says, so that a failure can be had again. Nothing real is involved: inside a
-// testing/synctest bubble, time is the bubble's; but [Proxy] is a real HTTP proxy on a real port. It knows nothing of what it carries. Start with [Network].
+// testing/synctest bubble, time is the bubble's; but [Proxy] is a real HTTP proxy on a real port. It knows nothing of what it
+// carries. Start with [Network].
 package chaos
 
 import (
