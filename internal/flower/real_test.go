@@ -24,7 +24,13 @@ import (
 // The tests of this file run Flower itself, in the environments of PERGOLA_TEST_ENVS, a folder of
 // virtual environments with flwr and numpy. Bytecode should be compiled.
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if fault := os.Getenv(fakeVar); fault != "" {
+		fakeSuperlink(fault, os.Args[1:])
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // eachInstallation runs f for every environment whose generation is at least from.
 func eachInstallation(t *testing.T, from Generation, f func(t *testing.T, inst *Installation)) {

@@ -457,10 +457,14 @@ func (s *Server) runProgram(ctx context.Context, name string, args []string) err
 	case <-ctx.Done():
 		return ctxError(ctx, "run the server app")
 	case <-s.done:
-		if err := s.Failure(); err != nil {
-			return err
+		select {
+		case <-ended: // both have ended: the server app's code counts, as in the reference
+		default:
+			if err := s.Failure(); err != nil {
+				return err
+			}
+			<-ended
 		}
-		<-ended
 	}
 	exit := app.Exit()
 	if exit.OK() {

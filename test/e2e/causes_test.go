@@ -213,12 +213,12 @@ var endings = []ending{
 		code: problem.Deadline, says: []string{"15s"},
 	},
 	{
-		name: "Ctrl-C in a round",
-		app:  "slow", args: sleepy, act: func(r *run) {
+		name: "Ctrl-C in a round, newest flwr",
+		app:  "slow", args: sleepy, flwr: newFlwr, act: func(r *run) {
 			r.round(1)
 			r.interrupt()
 		},
-		state: job.Aborted, code: problem.AbortedByUser,
+		state: job.Aborted, code: problem.AbortedByUser, more: stoppedByFlower,
 	},
 	{
 		name: "Ctrl-C before there is a job",
@@ -412,6 +412,28 @@ func appAt(put func(path string) error) func(*testing.T, *spec) {
 		if err := put(s.app); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// stoppedByFlower checks that the run was stopped as by `flwr stop` before programs were, and that these ended in their order.
+func stoppedByFlower(t *testing.T, res result) {
+	t.Helper()
+	told := false
+	var ended []string
+	for _, e := range res.Events {
+		switch {
+		case e.Party != job.HubParty:
+		case e.Kind == job.KindNote:
+			told = told || strings.HasSuffix(as[job.Text](t, e).Message, " is finished:stopped")
+		case e.Kind == job.KindProgramEnded:
+			g := as[job.Program](t, e)
+			if ended = append(ended, g.Name); g.Name == "flower-server-app" && g.Code != -15 {
+				t.Errorf("the server app's code is %d, want -15", g.Code)
+			}
+		}
+	}
+	if want := []string{"flower-server-app", "flower-superlink"}; !told || !slices.Equal(ended, want) {
+		t.Errorf("told of the stop: %v; programs ended in the order %q, want %q", told, ended, want)
 	}
 }
 

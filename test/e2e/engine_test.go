@@ -142,7 +142,7 @@ func TestQuickstart(t *testing.T) {
 	}
 }
 
-// Each site gets its place among the sites, the variables of --site-env, and the overrides of --run-config.
+// Each site gets its place among the sites, the app's folder as working directory, the variables of --site-env, and the overrides of --run-config.
 func TestWhatClientsGet(t *testing.T) {
 	t.Parallel()
 	r := start(t, spec{app: "look", args: []string{
@@ -164,7 +164,7 @@ func TestWhatClientsGet(t *testing.T) {
 		b, err := os.ReadFile(filepath.Join(r.out, "logs", site, "client_app_log.txt"))
 		if err != nil {
 			t.Error(err)
-		} else if line := fmt.Sprintf("LOOK partition %d of 3", i); !strings.Contains(string(b), line) {
+		} else if line := fmt.Sprintf("LOOK partition %d of 3, found below config", i); !strings.Contains(string(b), line) {
 			t.Errorf("the log of %s lacks %q:\n%s", site, line, b)
 		}
 	}
