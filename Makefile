@@ -98,7 +98,7 @@ soak: ## Run every fuzz target, and faults of the link by random seeds, for SOAK
 
 .PHONY: bench
 bench: build needs ## Compare with plain Flower: the same app both ways, in turn (BENCH="--help")
-	$(GO) run ./test/bench --pergola bin/pergola --cache $(CACHE)/bench $(BENCH)
+	$(GO) run ./test/bench --pergola bin/pergola $(BENCH)
 
 .PHONY: bench-link
 bench-link: ## Measure the link beside TCP and TLS alone, and with 1,000 sites (BENCH="--help")

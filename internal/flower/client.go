@@ -58,7 +58,11 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 		return nil, ctxError(ctx, "start the supernode")
 	}
 	caps := cfg.Install.Caps
-	node, err := nodeConfig(cfg.NodeConfig)
+	separator := " "
+	if caps.Generation == GenModule {
+		separator = "," // 1.10
+	}
+	node, err := nodeConfig(cfg.NodeConfig, separator)
 	if err != nil {
 		return nil, err
 	}
@@ -89,8 +93,12 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 		return nil, err
 	}
 	own, port := net.JoinHostPort(cfg.IP, strconv.Itoa(ports[0])), strconv.Itoa(ports[0])
-	args := []string{cfg.Install.program(ProgramSupernode), "--insecure", "--superlink", cfg.Superlink}
 	has := func(flag string) bool { _, ok := caps.Supernode[flag]; return ok }
+	program, flag := cfg.Install.clientProgram(), "--superlink"
+	if program == ProgramClientApp && !has(flag) { // 1.8
+		flag = "--server"
+	}
+	args := []string{cfg.Install.program(program), "--insecure", flag, cfg.Superlink}
 	switch {
 	case has("--host") && has("--port"):
 		args = append(args, "--host", cfg.IP, "--port", port)
@@ -102,13 +110,24 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 	if has("--disable-runtime-dependency-installation") {
 		args = append(args, "--disable-runtime-dependency-installation")
 	}
-	if node != "" {
+	switch {
+	case node == "":
+	case has("--node-config"):
 		args = append(args, "--node-config", node)
+	case freeKeys(cfg.NodeConfig): // 1.8, 1.9
+		c.party.events.emit(Event{Kind: Warning, Program: program, Message: "flwr " + cfg.Install.Version + " gives no node config to apps: " + node})
 	}
-	if caps.Generation == GenDriver {
-		if caps.GRPCAdapter {
-			args = append(args, "--grpc-adapter")
+	if caps.Generation <= GenDriver && caps.GRPCAdapter {
+		args = append(args, "--grpc-adapter")
+	}
+	switch caps.Generation {
+	case GenModule:
+		app, err := LoadApp(cfg.AppDir)
+		if err != nil {
+			return nil, err
 		}
+		args = append(args, "--dir", cfg.AppDir, app.ClientApp)
+	case GenDriver:
 		args = append(args, cfg.AppDir)
 	}
 	log := newParser(ProgramSupernode)
@@ -117,7 +136,7 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 			c.party.events.emit(e)
 		}
 	}
-	c.node, err = c.party.start(ProgramSupernode, ClientAppLog, prefixClientApp, args, func(line string) { handle(log.line(line)) })
+	c.node, err = c.party.start(program, ClientAppLog, prefixClientApp, args, func(line string) { handle(log.line(line)) })
 	if err != nil {
 		return nil, err
 	}
@@ -125,7 +144,7 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 		defer close(c.done)
 		<-c.node.Done()
 		handle(log.end())
-		c.party.ended(ProgramSupernode, c.node)
+		c.party.ended(program, c.node)
 	}()
 	return c, nil
 }
@@ -162,45 +181,27 @@ func linkApp(appDir, home string) error {
 	return nil
 }
 
-// nodeConfig writes a node config as --node-config wants it: space-separated TOML pairs.
-func nodeConfig(config map[string]any) (string, error) {
-	var pairs []string
-	for _, key := range slices.Sorted(maps.Keys(config)) {
-		value := tomlValue(config[key])
-		if key == "" || strings.ContainsAny(key, " =\"'\n\t") || value == "" {
-			return "", problem.New(problem.Usage, "use text without line ends and with one kind of quotes at most, a number, true or false",
-				"the node config %s = %v cannot be given to a supernode", key, config[key])
+// freeKeys tells whether a node config has more than a node's place among the others.
+func freeKeys(config map[string]any) bool {
+	for key := range config {
+		if key != "partition-id" && key != "num-partitions" {
+			return true
 		}
-		pairs = append(pairs, key+"="+value)
 	}
-	return strings.Join(pairs, " "), nil
+	return false
 }
 
-// tomlValue writes a value so that flwr's own reading of pairs (pairForm) takes it, "" if it cannot.
-func tomlValue(v any) string {
-	switch v := v.(type) {
-	case string:
-		switch {
-		case strings.ContainsAny(v, "\n\r"):
-			return ""
-		case !strings.Contains(v, "'"):
-			return "'" + v + "'" // literal: no escapes
-		case !strings.ContainsAny(v, `"\`):
-			return `"` + v + `"`
+// nodeConfig writes a node config as --node-config wants it: TOML pairs with a space between, a comma for 1.10.
+func nodeConfig(config map[string]any, separator string) (string, error) {
+	var pairs []string
+	for _, key := range slices.Sorted(maps.Keys(config)) {
+		p := tomlPair(key, config[key])
+		if p == "" {
+			return "", problem.New(problem.Usage, "use text, a number, true or false", "the node config %s = %v cannot be given to a supernode", key, config[key])
 		}
-		return ""
-	case float64:
-		s := strconv.FormatFloat(v, 'g', -1, 64)
-		if !strings.ContainsAny(s, ".eIN") {
-			s += ".0"
-		}
-		return strings.ToLower(s)
-	case float32:
-		return tomlValue(float64(v))
-	case int, int64, int32, uint, uint32, uint64, bool:
-		return fmt.Sprint(v)
+		pairs = append(pairs, p)
 	}
-	return ""
+	return strings.Join(pairs, separator), nil
 }
 
 // Done is closed when the supernode has ended and its log is complete.
@@ -222,7 +223,7 @@ func (c *Client) Err() error {
 	if c.stopping || c.node.Exit().OK() {
 		return nil
 	}
-	return died(ProgramSupernode, ClientAppLog, c.node)
+	return died(c.party.inst.clientProgram(), ClientAppLog, c.node)
 }
 
 // Stop ends the supernode and everything that it started within grace, then by force; idempotent.

@@ -95,6 +95,10 @@ func (c *control) startRun(ctx context.Context, fab []byte, hash string, overrid
 		req = protowire.AppendBytes(req, entry)
 	}
 	reply, err := c.call(ctx, "StartRun", "start-run", req)
+	if refused, ok := errors.AsType[*callError](err); ok && strings.Contains(refused.msg, "Federation ''") {
+		// 1.24 and 1.25 want the name of their only federation (NOOP_FEDERATION in flwr/supercore/constant.py); others take none for it.
+		reply, err = c.call(ctx, "StartRun", "start-run", appendString(req, 5, "default"))
+	}
 	if err != nil {
 		return 0, err
 	}

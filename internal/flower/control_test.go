@@ -223,8 +223,8 @@ func TestProgramEnv(t *testing.T) {
 
 // What is written is read back as the same by the rule that Flower has for pairs.
 func TestNodeConfig(t *testing.T) {
-	config := map[string]any{"partition-id": 1, "name": "it's me", "path": `C:\data "x"`, "rate": 2.0, "tiny": 1e-9, "on": true, "empty": ""}
-	text, err := nodeConfig(config)
+	config := map[string]any{"partition-id": 1, "name": "it's me", "path": `C:\data "x"`, "rate": 2.0, "tiny": 1e-9, "on": true, "empty": "", "a b": `both ' and "`, "x,y=z": "two\nlines"}
+	text, err := nodeConfig(config, " ")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -232,14 +232,14 @@ func TestNodeConfig(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]any{"partition-id": int64(1), "name": "it's me", "path": `C:\data "x"`, "rate": 2.0, "tiny": 1e-9, "on": true, "empty": ""}
+	want := map[string]any{"partition-id": int64(1), "name": "it's me", "path": `C:\data "x"`, "rate": 2.0, "tiny": 1e-9, "on": true, "empty": "", "a b": `both ' and "`, "x,y=z": "two\nlines"}
 	for k, v := range want {
 		if back[k] != v {
 			t.Errorf("%s = %v (%T), want %v", k, back[k], back[k], v)
 		}
 	}
-	for _, bad := range []map[string]any{{"a b": 1}, {"": 1}, {"x": `both ' and "`}, {"x": []any{1}}, {"x": "two\nlines"}, {"x": nil}} {
-		if _, err := nodeConfig(bad); err == nil {
+	for _, bad := range []map[string]any{{"": 1}, {"x": []any{1}}, {"x": nil}} {
+		if _, err := nodeConfig(bad, " "); err == nil {
 			t.Errorf("%v was taken", bad)
 		}
 	}

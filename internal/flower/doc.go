@@ -11,7 +11,8 @@
 // asked about):
 //
 //	generation  flwr          run is started by                      its state is asked by
-//	driver      up to 1.12    flower-server-app DIR                  that program's exit code
+//	module      1.8 – 1.10    flower-server-app MODULE:ATTRIBUTE     that program's exit code
+//	driver      1.11, 1.12    flower-server-app DIR                  the same
 //	exec        1.13 – 1.20   StartRun of the Exec API (gRPC)        ListRuns
 //	control     1.21 – 1.34   StartRun of the Control API (gRPC)     ListRuns
 //	runtime     1.35, 1.36    the same; the Runtime API is HTTP      ListRuns

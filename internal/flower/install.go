@@ -26,7 +26,8 @@ type Generation int
 
 // Generations; doc.go has the table.
 const (
-	GenDriver  Generation = iota + 1 // --driver-api-address, flower-server-app
+	GenModule  Generation = iota + 1 // --driver-api-address; apps are named as module:attribute
+	GenDriver                        // --driver-api-address, flower-server-app; apps are named by their directory
 	GenExec                          // --serverappio-api-address, --exec-api-address
 	GenControl                       // --control-api-address
 	GenRuntime                       // --host --port for the Runtime API over HTTP, gRPC for Fleet and Control
@@ -34,7 +35,7 @@ const (
 	GenHTTP                          // one HTTP port for Fleet, Control and Runtime
 )
 
-var generationNames = []string{"unknown", "driver", "exec", "control", "runtime", "mixed", "http"}
+var generationNames = []string{"unknown", "module", "driver", "exec", "control", "runtime", "mixed", "http"}
 
 // String gives the name used in doc.go.
 func (g Generation) String() string {
@@ -43,6 +44,10 @@ func (g Generation) String() string {
 	}
 	return generationNames[g]
 }
+
+// Oldest is the oldest release that has what a job needs: a superlink, and apps (ServerApp, ClientApp) that programs of their own run.
+// 1.7 has neither flower-superlink nor flower-client-app (its wheel's entry_points.txt).
+const Oldest = "1.8"
 
 // newestKnown is the newest version whose flags this package was tried with. flower-generations.md
 // ends at 1.42, which has the same flags as 1.41.
@@ -54,7 +59,7 @@ type Caps struct {
 	GRPCAdapter bool       `json:"grpc_adapter"` // superlink and supernode both offer it
 	// Flags of each program, with the metavar of the default order of --help ("--host": "HOST").
 	Superlink map[string]string `json:"superlink"`
-	Supernode map[string]string `json:"supernode"`
+	Supernode map[string]string `json:"supernode"`             // of flower-client-app up to 1.9
 	ServerApp map[string]string `json:"server_app,omitempty"` // flower-server-app, up to 1.12
 }
 
@@ -74,6 +79,17 @@ type Env struct {
 	Python string // interpreter, used only where the version cannot be read from the files; may be ""
 }
 
+// clientProgram is what runs a site's side: the supernode, or up to 1.9 flower-client-app.
+func (i *Installation) clientProgram() string { return clientProgram(i.Version) }
+
+// clientProgram tells what runs a site's side: there is no supernode in 1.8, and the one of 1.9 ends at once.
+func clientProgram(version string) string {
+	if before(version, 10) {
+		return ProgramClientApp
+	}
+	return ProgramSupernode
+}
+
 // program gives the path of one of the installation's executables.
 func (i *Installation) program(name string) string { return filepath.Join(i.Bin, name) }
 
@@ -84,7 +100,7 @@ const (
 
 // Probe asks the programs in env.Bin what they understand. The answer is kept in cacheFile (JSON; ""
 // keeps nothing) until the version or one of the executables changes; it costs about 2 s without.
-// Errors have the code program-failed, flwr-unavailable where Flower is too old for supernodes.
+// Errors have the code program-failed, flwr-unavailable where Flower is older than [Oldest].
 func Probe(ctx context.Context, env Env, cacheFile string) (*Installation, error) {
 	bin, err := filepath.Abs(env.Bin)
 	if err != nil {
@@ -92,7 +108,17 @@ func Probe(ctx context.Context, env Env, cacheFile string) (*Installation, error
 	}
 	inst := &Installation{Bin: bin, Python: env.Python}
 	var stamps strings.Builder
-	names := []string{"flower-superlink", "flower-supernode"}
+	if _, err := executable(filepath.Join(bin, ProgramSuperlink)); err != nil {
+		return nil, err
+	}
+	if inst.Version, err = version(ctx, env, bin); err != nil {
+		return nil, err
+	}
+	if err := Supported(inst.Version); err != nil {
+		return nil, err
+	}
+	client := inst.clientProgram()
+	names := []string{ProgramSuperlink, client}
 	for _, name := range names {
 		info, err := executable(filepath.Join(bin, name))
 		if err != nil {
@@ -103,9 +129,6 @@ func Probe(ctx context.Context, env Env, cacheFile string) (*Installation, error
 	// Up to 1.12 it starts the server app, later it is gone or says so.
 	if _, err := executable(filepath.Join(bin, "flower-server-app")); err == nil {
 		names = append(names, "flower-server-app")
-	}
-	if inst.Version, err = version(ctx, env, bin); err != nil {
-		return nil, err
 	}
 	sum := sha256.Sum256([]byte(cacheFormat + inst.Version + "\n" + bin + "\n" + stamps.String()))
 	key := hex.EncodeToString(sum[:])
@@ -132,7 +155,7 @@ func Probe(ctx context.Context, env Env, cacheFile string) (*Installation, error
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	inst.Caps, err = capsOf(helps["flower-superlink"], helps["flower-supernode"], helps["flower-server-app"])
+	inst.Caps, err = capsOf(helps[ProgramSuperlink], helps[client], helps[ProgramServerApp])
 	if err != nil {
 		return nil, err
 	}
@@ -142,6 +165,42 @@ func Probe(ctx context.Context, env Env, cacheFile string) (*Installation, error
 		inst.Warning = strings.TrimSpace(inst.Warning + " The probe's cache could not be written: " + err.Error())
 	}
 	return inst, nil
+}
+
+// Supported refuses a version that is older than [Oldest]; the error has the code flwr-unavailable. A version that is not a number is
+// left to [Probe].
+func Supported(version string) error {
+	if !before(version, 8) {
+		return nil
+	}
+	return problem.New(problem.FlwrUnavailable, "use flwr "+Oldest+" or newer: --flwr, or the app's dependencies",
+		"flwr %s is too old: the oldest that Pergola runs is %s, the first with a superlink and with apps that it can start", version, Oldest)
+}
+
+// before tells whether a version is older than 1.minor; one that is not a number is not.
+func before(version string, minor int) bool {
+	have, own, ok := releaseOf(version)
+	return ok && (have < 1 || have == 1 && own < minor)
+}
+
+// TakesConfig refuses run config overrides for versions that give none to the app that they are told to run: up to 1.10 they know
+// only the run config of an app that was installed and started by its superexec.
+func TakesConfig(version string, overrides []string) error {
+	if len(overrides) == 0 || !before(version, 11) {
+		return nil
+	}
+	return problem.New(problem.Usage, "leave --run-config out, or use flwr 1.11 or newer (--flwr)", "flwr %s does not give a run config to apps", version)
+}
+
+// FleetWire is how supernodes of this installation speak to the superlink.
+func (c Caps) FleetWire() string {
+	switch {
+	case c.Generation == GenHTTP:
+		return "HTTP"
+	case c.GRPCAdapter && c.Generation <= GenDriver:
+		return "gRPC (adapter)"
+	}
+	return "gRPC"
 }
 
 // judge sets Known and Warning.
@@ -297,10 +356,13 @@ func capsOf(superlink, supernode, serverApp map[string]option) (Caps, error) {
 	switch {
 	case has(superlink, "--driver-api-address"):
 		c.Generation = GenDriver
+		if has(supernode, "--dir") { // gone with 1.11, which takes an app's directory
+			c.Generation = GenModule
+		}
 		if serverApp == nil {
 			return c, problem.New(problem.ProgramFailed, installHint, "flower-server-app is not installed, but this Flower needs it")
 		}
-	case has(superlink, "--host") && has(superlink, "--port"):
+	case has(superlink, "--host") && has(superlink, "--port") && !experimental(superlink["--host"]):
 		own := func(flag string) bool { return has(superlink, flag) && !deprecated(superlink, flag) }
 		switch {
 		case own("--control-api-address"):
@@ -315,11 +377,15 @@ func capsOf(superlink, supernode, serverApp map[string]option) (Caps, error) {
 	case has(superlink, "--exec-api-address"):
 		c.Generation = GenExec
 	default:
-		return c, problem.New(problem.FlwrUnavailable, "use flwr 1.10 or newer", "flower-superlink has none of the address options that Pergola knows")
+		return c, problem.New(problem.FlwrUnavailable, "use flwr "+Oldest+" or newer", "flower-superlink has none of the address options that Pergola knows")
 	}
 	c.GRPCAdapter = c.Generation < GenHTTP && strings.Contains(superlink["--fleet-api-type"].Arg, "grpc-adapter") && has(supernode, "--grpc-adapter")
 	return c, nil
 }
+
+// experimental tells of an option that does not do yet what the newer versions' does: the --host of 1.33 and 1.34 is for a server
+// that is started only on request.
+func experimental(o option) bool { return strings.Contains(strings.ToLower(o.Text), "experimental") }
 
 func args(m map[string]option) map[string]string {
 	if m == nil {
@@ -333,7 +399,7 @@ func args(m map[string]option) map[string]string {
 }
 
 // cacheFormat changes when what is cached does.
-const cacheFormat = "pergola-probe-2\n"
+const cacheFormat = "pergola-probe-3\n"
 
 type cacheEntry struct {
 	Key          string        `json:"key"`

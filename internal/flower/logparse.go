@@ -34,7 +34,7 @@ var (
 	historyForm  = regexp.MustCompile(`^History \(([a-z, ]+)\):\s*(.*)$`)
 	historyRound = regexp.MustCompile(`^round (\d+): (.+)$`)
 
-	nodeCreated = regexp.MustCompile(`\[Fleet\.(?:CreateNode|ActivateNode)\] (?:Created|Activated) node_id=(-?\d+)|^(GrpcAdapter\.CreateNode)`)
+	nodeCreated = regexp.MustCompile(`\[Fleet\.(?:CreateNode|ActivateNode)\] (?:Created|Activated) node_id=(-?\d+)|^((?:GrpcAdapter|FleetServicer)\.CreateNode)`)
 	pushed      = regexp.MustCompile(`\[Fleet\.PushMessages\]|PushTaskRes|\[Fleet\.GetFab\]|/v1/fleet/push-`)
 	nodeWorks   = regexp.MustCompile(`^(?:Received|Receiving|Sending): |^Sent reply|^Sent successfully|^Received successfully`)
 	nodeKnown   = regexp.MustCompile(`^SuperNode ID: |^\[RUN -?\d+`)

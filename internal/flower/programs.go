@@ -35,6 +35,7 @@ const (
 	ProgramSuperlink = "flower-superlink"
 	ProgramSupernode = "flower-supernode"
 	ProgramServerApp = "flower-server-app"
+	ProgramClientApp = "flower-client-app" // in the supernode's place up to 1.9
 	ProgramFlwrRun   = "flwr run"
 )
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -107,6 +108,9 @@ func StartServer(ctx context.Context, cfg ServerConfig) (*Server, error) {
 		s.party.events.emit(Event{Kind: Warning, Message: w})
 	}
 	gen := cfg.Install.Caps.Generation
+	if gen == GenModule && len(s.over) > 0 {
+		return nil, TakesConfig(cfg.Install.Version, []string{"-"})
+	}
 	if gen == GenDriver {
 		if err := overrideStaged(cfg.AppDir, s.over); err != nil {
 			return nil, err
@@ -158,9 +162,14 @@ func (s *Server) startLink(ctx context.Context, ports []int) error {
 	s.rest, s.fleet, s.api = addr(0), addr(1), addr(2)
 	var checks []func(context.Context) error
 	switch caps.Generation {
-	case GenDriver:
+	case GenModule, GenDriver:
 		s.api = s.rest
-		args = append(args, "--driver-api-address", s.rest, "--fleet-api-address", s.fleet)
+		args = append(args, "--driver-api-address", s.rest)
+		if _, ok := caps.Superlink["--fleet-api-address"]; ok {
+			args = append(args, "--fleet-api-address", s.fleet)
+		} else { // 1.8
+			args = append(args, "--grpc-rere", "--grpc-rere-fleet-api-address", s.fleet)
+		}
 		checks = append(checks, grpc(s.rest), grpc(s.fleet))
 	case GenExec, GenControl:
 		name := "--exec-api-address"
@@ -184,7 +193,7 @@ func (s *Server) startLink(ctx context.Context, ports []int) error {
 		args = append(args, "--host", s.cfg.IP, "--port", strconv.Itoa(ports[0]))
 		checks = append(checks, http(s.rest))
 	}
-	if caps.Generation == GenDriver && caps.GRPCAdapter {
+	if caps.Generation <= GenDriver && caps.GRPCAdapter {
 		args = append(args, "--fleet-api-type", "grpc-adapter") // as the reference does with this generation
 	}
 	if _, ok := caps.Superlink["--disable-runtime-dependency-installation"]; ok {
@@ -230,23 +239,11 @@ var errNotReady = errors.New("not ready in time")
 
 // serverArgs takes the run config out of the server app's arguments.
 func serverArgs(cfg ServerConfig) (rest []string, over map[string]any, err error) {
-	overrides := append([]string(nil), cfg.RunConfig...)
-	for i := 0; i < len(cfg.Args); i++ {
-		arg := cfg.Args[i]
-		name, value, joined := strings.Cut(arg, "=")
-		switch {
-		case joined && name == "--run-config":
-			overrides = append(overrides, value)
-		case arg == "--run-config" || arg == "-c":
-			if i++; i == len(cfg.Args) {
-				return nil, nil, problem.New(problem.Usage, "give it a value: --run-config 'rounds=3'", "the server app's argument %s has no value", arg)
-			}
-			overrides = append(overrides, cfg.Args[i])
-		default:
-			rest = append(rest, arg)
-		}
+	rest, overrides, err := SplitArgs(cfg.Args)
+	if err != nil {
+		return nil, nil, err
 	}
-	over, err = ParseRunConfig(overrides)
+	over, err = ParseRunConfig(append(slices.Clone(cfg.RunConfig), overrides...))
 	return rest, over, err
 }
 
@@ -390,6 +387,18 @@ func (s *Server) Stop(grace time.Duration) {
 // ctx; programs go on running then, until Stop. It can be called once.
 func (s *Server) RunApp(ctx context.Context) error {
 	gen := s.cfg.Install.Caps.Generation
+	if gen == GenModule {
+		app, err := LoadApp(s.cfg.AppDir)
+		if err != nil {
+			return err
+		}
+		flag := "--superlink"
+		if _, ok := s.cfg.Install.Caps.ServerApp[flag]; !ok { // 1.8
+			flag = "--server"
+		}
+		args := []string{s.cfg.Install.program(ProgramServerApp), "--insecure", flag, s.api, "--dir", s.cfg.AppDir}
+		return s.runProgram(ctx, ProgramServerApp, append(append(args, s.args...), app.ServerApp))
+	}
 	if gen == GenDriver {
 		args := []string{s.cfg.Install.program(ProgramServerApp), "--insecure", "--superlink", s.api}
 		return s.runProgram(ctx, ProgramServerApp, append(append(args, s.args...), s.cfg.AppDir))
@@ -514,7 +523,7 @@ func (s *Server) flwrRun(ctx context.Context) error {
 	}
 	args := []string{s.cfg.Install.program("flwr"), "run"}
 	for k, v := range s.over {
-		args = append(args, "--run-config", k+"="+tomlValue(v))
+		args = append(args, "--run-config", tomlPair(k, v))
 	}
 	args = append(args, s.args...)
 	args = append(args, s.cfg.AppDir, connection)

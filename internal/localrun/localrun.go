@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -265,8 +266,16 @@ func (r *run) look() error {
 		}
 		spec.Site.Env[k] = v
 	}
-	spec.RunConfig = append(spec.RunConfig, f.RunConfig...)
-	if err := app.Override(spec.RunConfig); err != nil {
+	var overrides []string
+	if spec.Server.Args, overrides, err = flower.SplitArgs(spec.Server.Args); err != nil {
+		return err
+	}
+	overrides = slices.Concat(spec.RunConfig, overrides, f.RunConfig)
+	if err := app.Override(overrides); err != nil {
+		return err
+	}
+	// As pairs: a file among them is on this machine alone.
+	if spec.RunConfig, err = flower.RunConfig(overrides); err != nil {
 		return err
 	}
 	spec.Flwr = f.Flwr
@@ -308,6 +317,9 @@ func (r *run) makeLock(ctx context.Context) error {
 			return err
 		}
 		r.summary.Flwr = env.Flwr
+		if err := r.runnable(env.Flwr); err != nil {
+			return err
+		}
 		r.note("using %s as it is, with flwr %s", r.opt.Python, env.Flwr)
 		return nil
 	}
@@ -320,10 +332,21 @@ func (r *run) makeLock(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := r.runnable(r.lock.Flwr); err != nil {
+		return err
+	}
 	r.spec.FlwrVersion, r.spec.PythonVersion = r.lock.Flwr, r.lock.Python
 	r.summary.Flwr = r.lock.Flwr
 	r.note("engine %s: Flower's own programs, flwr %s on Python %s", Engine, r.lock.Flwr, in.Version)
 	return nil
+}
+
+// runnable refuses a version of Flower that cannot run the job, before anything starts.
+func (r *run) runnable(flwr string) error {
+	if err := flower.Supported(flwr); err != nil {
+		return err
+	}
+	return flower.TakesConfig(flwr, r.spec.RunConfig)
 }
 
 func (r *run) pack() (*bundle.Bundle, error) {

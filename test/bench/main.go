@@ -20,6 +20,10 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+
+	"github.com/pergolafl/pergola/internal/flower"
+	"github.com/pergolafl/pergola/internal/pyenv"
+	"github.com/pergolafl/pergola/test/internal/plain"
 )
 
 // The goals of the flower engine, from its first release on.
@@ -33,7 +37,8 @@ type options struct {
 	versions                    []string
 	runs, rounds, sites         int
 	samePython, check           bool
-	dependencies, runConfig     []string // of the app
+	runConfig                   []string    // of the app
+	loaded                      *flower.App // app, read
 }
 
 func main() {
@@ -68,11 +73,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	defer os.RemoveAll(work) //nolint:errcheck // scratch space: what cannot be removed hinders nobody
 	missed := false
 	for _, version := range o.versions {
-		python, err := environment(ctx, o, version, stderr)
+		python, err := plain.Environment(ctx, o.cache, o.loaded, version, stderr)
 		if err != nil {
 			return fmt.Errorf("environment for flwr %s: %w", version, err)
 		}
-		var plain, pergola []measure
+		var byHand, pergola []measure
 		for i := range o.runs + 1 { // the first of each fills caches and is not counted
 			a, err := runPlain(ctx, o, version, python, filepath.Join(work, fmt.Sprintf("plain-%s-%d", version, i)))
 			if err != nil {
@@ -85,10 +90,10 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 			fmt.Fprintf(stderr, "flwr %s, run %d of %d: plain %.2f s, pergola %.2f s%s\n", version, i, o.runs,
 				a.total.Seconds(), b.total.Seconds(), map[bool]string{true: " (not counted)"}[i == 0])
 			if i > 0 {
-				plain, pergola = append(plain, a), append(pergola, b)
+				byHand, pergola = append(byHand, a), append(pergola, b)
 			}
 		}
-		if !report(stdout, o, version, plain, pergola) {
+		if !report(stdout, o, version, byHand, pergola) {
 			missed = true
 		}
 	}
@@ -105,7 +110,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	f.SetOutput(stderr)
 	f.StringVar(&o.pergola, "pergola", "bin/pergola", "the `binary` to measure")
 	f.StringVar(&o.app, "app", "test/apps/tiny", "the app's `folder`; it has the run config num-server-rounds")
-	f.StringVar(&o.cache, "cache", ".cache/bench", "`folder` for plain Flower's environments")
+	f.StringVar(&o.cache, "cache", pyenv.DefaultCache(), "`folder` for environments, the same for both sides")
 	f.StringVar(&o.engine, "engine", "flower", "Pergola's `engine`")
 	f.StringVar(&versions, "flwr", "1.30.0,1.41.0", "flwr `versions`, separated by commas")
 	f.IntVar(&o.runs, "runs", 3, "counted runs of each side")

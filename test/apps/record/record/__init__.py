@@ -1,0 +1,1 @@
+"""Writes down every number and every setting that it sees; test/parity compares two runs of it."""
