@@ -371,7 +371,7 @@ func (s *Server) Stop(grace time.Duration) {
 		s.stopRun(context.Background())
 	}
 	if app != nil {
-		if grace > 0 && s.cfg.Install.Caps.Generation == GenDriver {
+		if grace > 0 && s.cfg.Install.Caps.Generation <= GenDriver {
 			grace = max(grace, s.cfg.StopGrace) // its SIGTERM is how this generation's runs are stopped
 		}
 		app.Stop(grace)

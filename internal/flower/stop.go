@@ -27,7 +27,7 @@ func (s *Server) stopRun(ctx context.Context) proc.Exit {
 	run, finished := s.run, s.finished
 	s.finished = true
 	s.mu.Unlock()
-	if run == 0 || finished || s.cfg.StopGrace < 0 || s.cfg.Install.Caps.Generation == GenDriver { // there, it is a program to be stopped
+	if run == 0 || finished || s.cfg.StopGrace < 0 || s.cfg.Install.Caps.Generation <= GenDriver { // there, it is a program to be stopped
 		return lost
 	}
 	select {
