@@ -59,7 +59,7 @@ type Caps struct {
 	GRPCAdapter bool       `json:"grpc_adapter"` // superlink and supernode both offer it
 	// Flags of each program, with the metavar of the default order of --help ("--host": "HOST").
 	Superlink map[string]string `json:"superlink"`
-	Supernode map[string]string `json:"supernode"`             // of flower-client-app up to 1.9
+	Supernode map[string]string `json:"supernode"`            // of flower-client-app up to 1.9
 	ServerApp map[string]string `json:"server_app,omitempty"` // flower-server-app, up to 1.12
 }
 

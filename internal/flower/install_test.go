@@ -25,22 +25,28 @@ func TestCapsFromRealHelp(t *testing.T) {
 	for version, want := range map[string]struct {
 		gen     Generation
 		adapter bool
-		node    string // the supernode's own address
+		wire    string
+		flags   []string // of the site's program
 	}{
-		"1.12.0": {GenDriver, true, "--supernode-address"},
-		"1.15.2": {GenExec, true, "--clientappio-api-address"},
-		"1.30.0": {GenControl, true, "--clientappio-api-address"},
-		"1.37.0": {GenMixed, true, "--host"},
-		"1.41.0": {GenHTTP, false, "--host"},
+		"1.8.0":  {GenModule, false, "gRPC", []string{"--server", "--dir"}},
+		"1.9.0":  {GenModule, false, "gRPC", []string{"--superlink", "--dir"}},
+		"1.10.0": {GenModule, true, "gRPC (adapter)", []string{"--superlink", "--dir", "--node-config"}},
+		"1.12.0": {GenDriver, true, "gRPC (adapter)", []string{"--superlink", "--node-config", "--supernode-address"}},
+		"1.15.2": {GenExec, true, "gRPC", []string{"--superlink", "--node-config", "--clientappio-api-address"}},
+		"1.30.0": {GenControl, true, "gRPC", []string{"--superlink", "--node-config", "--clientappio-api-address"}},
+		"1.34.0": {GenControl, true, "gRPC", []string{"--superlink", "--node-config", "--clientappio-api-address"}},
+		"1.36.0": {GenRuntime, true, "gRPC", []string{"--superlink", "--node-config", "--host"}},
+		"1.37.0": {GenMixed, true, "gRPC", []string{"--superlink", "--node-config", "--host"}},
+		"1.41.0": {GenHTTP, false, "HTTP", []string{"--superlink", "--node-config", "--host"}},
 	} {
-		c, err := capsOf(readHelp(t, version, "flower-superlink"), readHelp(t, version, "flower-supernode"), readHelp(t, version, "flower-server-app"))
+		c, err := capsOf(readHelp(t, version, "flower-superlink"), readHelp(t, version, clientProgram(version)), readHelp(t, version, "flower-server-app"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if c.Generation != want.gen || c.GRPCAdapter != want.adapter {
-			t.Errorf("%s: %s, adapter %v", version, c.Generation, c.GRPCAdapter)
+		if c.Generation != want.gen || c.GRPCAdapter != want.adapter || c.FleetWire() != want.wire {
+			t.Errorf("%s: %s, adapter %v, wire %s", version, c.Generation, c.GRPCAdapter, c.FleetWire())
 		}
-		for _, flag := range []string{want.node, "--superlink", "--node-config", "--insecure"} {
+		for _, flag := range append(want.flags, "--insecure") {
 			if _, ok := c.Supernode[flag]; !ok {
 				t.Errorf("%s: no %s", version, flag)
 			}
@@ -87,6 +93,25 @@ func TestJudge(t *testing.T) {
 		i.judge()
 		if i.Known != known || (i.Warning == "") != known {
 			t.Errorf("%s: known %v, %q", version, i.Known, i.Warning)
+		}
+	}
+}
+
+// What cannot run is refused by its version alone.
+func TestSupported(t *testing.T) {
+	for version, c := range map[string]struct{ runs, config bool }{
+		"1.7.0": {false, false}, "0.18.0": {false, false}, "1.8.0": {true, false}, "1.10.0": {true, false}, "1.11.1": {true, true}, "1.41.0": {true, true}, "2.0": {true, true}, "nightly": {true, true},
+	} {
+		err := Supported(version)
+		if (err == nil) != c.runs || err != nil && (problem.CodeOf(err) != problem.FlwrUnavailable || !strings.Contains(err.Error(), "the oldest that Pergola runs is 1.8")) {
+			t.Errorf("%s: %v", version, err)
+		}
+		err = TakesConfig(version, []string{"a=1"})
+		if (err == nil) != c.config || err != nil && problem.CodeOf(err) != problem.Usage {
+			t.Errorf("%s with a run config: %v", version, err)
+		}
+		if err := TakesConfig(version, nil); err != nil {
+			t.Errorf("%s without: %v", version, err)
 		}
 	}
 }

@@ -19,10 +19,11 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/pyenv"
 )
 
-// The tests of this file run Flower itself, in the environments of PERGOLA_TEST_ENVS, a folder of
-// virtual environments with flwr and numpy. Bytecode should be compiled.
+// The tests of this file run Flower itself, in environments that are built here and cached as for any other run. PERGOLA_TEST_FLWR
+// names other versions than the usual ones, separated by commas.
 
 func TestMain(m *testing.M) {
 	if fault := os.Getenv(fakeVar); fault != "" {
@@ -32,31 +33,49 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// eachInstallation runs f for every environment whose generation is at least from.
+// realVersions are of the generations that differ most: programs of their own for all, and one HTTP port. What is between them is run
+// by test/e2e and, whole, by test/parity.
+var realVersions = []string{"1.12.0", "1.41.0"}
+
+// realEnvironment gives the cached environment of test/apps/tiny with that flwr.
+func realEnvironment(t *testing.T, flwr string) pyenv.Env {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 6*time.Minute)
+	defer cancel()
+	in, err := pyenv.Find(ctx, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	req := pyenv.Requirements{Names: []string{"flwr>=1.12", "numpy"}, Flwr: flwr}
+	lock, err := pyenv.MakeLock(ctx, pyenv.DefaultCache(), in, req, pyenv.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	env, err := pyenv.Ensure(ctx, pyenv.DefaultCache(), in, lock, pyenv.Options{}, func(pyenv.Progress) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return env
+}
+
+// eachInstallation runs f for every version whose generation is at least from.
 func eachInstallation(t *testing.T, from Generation, f func(t *testing.T, inst *Installation)) {
 	t.Helper()
-	root := os.Getenv("PERGOLA_TEST_ENVS")
-	if root == "" {
-		t.Skip("PERGOLA_TEST_ENVS (a folder of environments with flwr and numpy) is not set")
+	versions := realVersions
+	if list := os.Getenv("PERGOLA_TEST_FLWR"); list != "" {
+		versions = strings.Split(list, ",")
 	}
-	bins, err := filepath.Glob(filepath.Join(root, "*", "bin", "flower-superlink"))
-	if err != nil || len(bins) == 0 {
-		t.Fatalf("no environments in %s (%v)", root, err)
-	}
-	for _, b := range bins {
-		begun := time.Now()
-		inst, err := Probe(t.Context(), Env{Bin: filepath.Dir(b)}, filepath.Join(os.TempDir(), fmt.Sprintf("pergola-test-probe-%d.json", os.Getpid())))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			_ = os.Remove(filepath.Join(os.TempDir(), fmt.Sprintf("pergola-test-probe-%d.json", os.Getpid())))
-		})
-		if inst.Caps.Generation < from || from >= GenControl && inst.Version < "1.21" {
+	for _, version := range versions {
+		if from >= GenControl && before(version, 21) {
 			continue
 		}
-		t.Run(inst.Version, func(t *testing.T) {
-			t.Logf("probed in %v: %s generation", time.Since(begun).Round(time.Millisecond), inst.Caps.Generation)
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			env := realEnvironment(t, version)
+			inst, err := Probe(t.Context(), Env{Bin: env.Bin, Python: env.Python}, filepath.Join(t.TempDir(), "probe.json"))
+			if err != nil {
+				t.Fatal(err)
+			}
 			f(t, inst)
 		})
 	}
