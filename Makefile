@@ -29,6 +29,7 @@ TEST_TIMEOUT ?= 40m
 FUZZTIME     ?= 10s
 SOAKTIME     ?= 10m
 BENCH        ?=
+PARITY       ?=
 
 ##@ Every day
 
@@ -103,6 +104,10 @@ bench: build needs ## Compare with plain Flower: the same app both ways, in turn
 .PHONY: bench-link
 bench-link: ## Measure the link beside TCP and TLS alone, and with 1,000 sites (BENCH="--help")
 	$(GO) run ./test/bench link $(BENCH)
+
+.PHONY: parity
+parity: build needs ## Compare numbers with plain Flower, version by version (PARITY="--only 1.30.0"); writes docs/flower-versions.md
+	$(GO) run ./test/parity --pergola bin/pergola $(PARITY)
 
 .PHONY: clean
 clean: ## Remove what was built; the caches stay (remove .cache/ for those)

@@ -99,7 +99,7 @@ func lockKey(names []string, in Interpreter, req Requirements, opt Options) stri
 		Names                      []string
 		Minor, Platform, Installer string
 		Floor, Index               string
-	}{2, names, minor, in.Platform, opt.Installer, floor(req.RequiresPython, minor), indexMark(cleanEnv(opt.ExtraEnv), in)}
+	}{3, names, minor, in.Platform, opt.Installer, floor(req.RequiresPython, minor), indexMark(cleanEnv(opt.ExtraEnv), in)}
 	b, err := json.Marshal(question)
 	if err != nil {
 		panic(err) // strings and numbers

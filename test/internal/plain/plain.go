@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -261,25 +263,30 @@ func (o Options) starter(app string, p ports) []string {
 		return []string{"flower-server-app", "--insecure", "--superlink", local(p.driver), app}
 	}
 	args := []string{"flwr", "run", app, "local", "--stream"}
-	for _, c := range o.RunConfig {
-		args = append(args, "--run-config", c)
+	if len(o.RunConfig) > 0 { // in one: of a later argument with a key below the same table, flwr takes the whole table
+		args = append(args, "--run-config", strings.Join(o.RunConfig, " "))
 	}
 	return args
 }
 
+// freePorts finds free ports below Linux's ephemeral range (32768 and up), where no outgoing connection can take one before Flower does.
 func freePorts(n int) ([]int, error) {
 	var ports []int
-	for range n {
-		ln, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // loopback, at once
+	for port := 10000 + rand.IntN(20000); len(ports) < n && port < 32768; port++ {
+		ln, err := net.Listen("tcp", local(port)) //nolint:noctx // loopback, at once
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
 		if err != nil {
 			return nil, err
 		}
-		defer ln.Close() //nolint:revive // all are held until the last is found, so that none is given twice
-		addr, ok := ln.Addr().(*net.TCPAddr)
-		if !ok {
-			return nil, fmt.Errorf("%v is not a TCP address", ln.Addr())
+		if err := ln.Close(); err != nil {
+			return nil, err
 		}
-		ports = append(ports, addr.Port)
+		ports = append(ports, port)
+	}
+	if len(ports) < n {
+		return nil, errors.New("no free ports on 127.0.0.1")
 	}
 	return ports, nil
 }

@@ -25,11 +25,10 @@ class Client(NumPyClient):
     def __init__(self, context):
         self.context = context
         self.partition = int(context.node_config.get("partition-id", 0))
-        self.rate = float(context.run_config.get("rate", 0.1))
 
     def fit(self, parameters, config):
         target = np.linspace(0.1, 0.7, 5) * (self.partition + 1)
-        updated = parameters[0] + self.rate * (target - parameters[0])
+        updated = parameters[0] + config["rate"] * (target - parameters[0])
         loss = float(np.square(updated - target).mean())
         if config["round"] == 1:
             record("node-config", partition=self.partition, values=plain(self.context.node_config))
@@ -66,12 +65,13 @@ class Recorded(FedAvg):
 
 def server_fn(context: Context):
     record("server-config", values=plain(context.run_config))
+    rate = float(context.run_config.get("rate", 0.1))  # by way of the server: clients of 1.11 and 1.12 have no run config everywhere
     strategy = Recorded(
         min_fit_clients=2,
         min_evaluate_clients=2,
         min_available_clients=2,
         initial_parameters=ndarrays_to_parameters([np.linspace(0.0, 0.3, 5)]),
-        on_fit_config_fn=lambda rnd: {"round": rnd},
+        on_fit_config_fn=lambda rnd: {"round": rnd, "rate": rate},
         on_evaluate_config_fn=lambda rnd: {"round": rnd},
         fit_metrics_aggregation_fn=mean,
         evaluate_metrics_aggregation_fn=mean,
