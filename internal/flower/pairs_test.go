@@ -70,7 +70,7 @@ var oddFiles = map[string]string{
 
 // The parser agrees with flwr's, of a real installation, but for what is said to be better.
 func TestParseRunConfigAsFlwr(t *testing.T) {
-	python := realEnvironment(t, "1.41.0").Python
+	python := realEnvironment(t, realVersion).Python
 	t.Chdir(t.TempDir())
 	for name, text := range oddFiles {
 		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
