@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -67,7 +68,7 @@ type fleetOf struct {
 	sites  []*daemon
 	client *api.Client
 	mark   string
-	job    job.ID
+	jobs   []job.ID
 }
 
 func daemons(t *testing.T, names ...string) *fleetOf {
@@ -126,9 +127,11 @@ func daemons(t *testing.T, names ...string) *fleetOf {
 				t.Logf("%s:\n%s", s.dir, s.out.String())
 			}
 		}
-		for _, party := range append(names, job.HubParty) {
-			if n, err := proc.KillMarked(fmt.Sprintf("%s-%s-%s", f.mark, f.job, party)); err != nil || n > 0 {
-				t.Errorf("%d programs of %s were left; %v", n, party, err)
+		for _, id := range f.jobs {
+			for _, party := range append(slices.Clone(names), job.HubParty) {
+				if n, err := proc.KillMarked(fmt.Sprintf("%s-%s-%s", f.mark, id, party)); err != nil || n > 0 {
+					t.Errorf("%d programs of %s were left; %v", n, party, err)
+				}
 			}
 		}
 	})
@@ -187,8 +190,9 @@ func (f *fleetOf) submit(t *testing.T, app string, spec job.Spec) job.ID {
 	if err != nil {
 		t.Fatal(err)
 	}
-	f.job = job.ID(res.GetJob().GetId())
-	return f.job
+	id := job.ID(res.GetJob().GetId())
+	f.jobs = append(f.jobs, id)
+	return id
 }
 
 // watch gives the job's events from the one after the given until fn is content, whatever becomes of the hub meanwhile.
@@ -303,6 +307,52 @@ func TestHubAndAgentAreKilled(t *testing.T) {
 				t.Error("the hub never said where it listens")
 			}
 		})
+	}
+}
+
+// One hub and the same two sites run two jobs with different versions of Flower at the same time.
+func TestTwoVersionsAtOneSite(t *testing.T) {
+	t.Parallel()
+	slots <- struct{}{}
+	defer func() { <-slots }()
+	f := daemons(t, "site-1", "site-2")
+	f.hub.start()
+	for _, s := range f.sites {
+		s.start()
+	}
+	var began, ended int // how often a job began to run, and how often one had ended before both ran
+	var wg sync.WaitGroup
+	var mu sync.Mutex // guards began and ended
+	for _, v := range []string{oldest, newest} {
+		id := f.submit(t, "tiny", job.Spec{Sites: []string{"site-1", "site-2"}, Flwr: v})
+		wg.Go(func() {
+			rounds := 0
+			f.watch(t, id, 0, func(e job.Event) bool {
+				mu.Lock()
+				defer mu.Unlock()
+				var s job.JobState
+				switch {
+				case e.Kind == job.KindRound:
+					rounds++
+				case e.Kind != job.KindJobState || e.Decode(&s) != nil:
+				case s.To == job.Preparing:
+					began++
+				case s.To.Terminal():
+					if s.To != job.Succeeded || rounds != 2 {
+						t.Errorf("with %s the job %s after %d rounds: %s", v, s.To, rounds, e.Body)
+					}
+					if began < 2 {
+						ended++
+					}
+					return true
+				}
+				return false
+			})
+		})
+	}
+	wg.Wait()
+	if began != 2 || ended > 0 {
+		t.Errorf("%d jobs began, %d of them ended before the other began: they did not run at the same time", began, ended)
 	}
 }
 
