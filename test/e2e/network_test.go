@@ -4,9 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"sync"
 	"testing"
+	"time"
 )
 
 // network forwards connections to an address, until it is told to fail.
@@ -14,10 +16,78 @@ type network struct {
 	ln net.Listener
 	to string
 
+	slow *slowness // nil: as fast as this machine
+
 	mu    sync.Mutex // guards the rest
 	state netState
 	conns map[net.Conn]struct{}
 	wg    sync.WaitGroup
+}
+
+// slowness is what a TCP connection over a bad line looks like from its ends: late, slow, and standing still for a while
+// where a packet was lost, since what comes behind it has to wait.
+type slowness struct {
+	delay time.Duration // one way
+	rate  float64       // bytes per second, of each connection and direction
+	loss  float64       // the share of packets that are sent again
+	rand  *rand.Rand
+	mu    sync.Mutex // guards rand
+}
+
+// packet is what a line carries at once; resend is the least time after which TCP sends again (RFC 6298 has 1 s, Linux 0.2 s).
+const (
+	packet = 1400
+	resend = 200 * time.Millisecond
+)
+
+// lost tells whether a packet is.
+func (s *slowness) lost() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.rand.Float64() < s.loss
+}
+
+// copy carries bytes so; forward tells whether they may pass.
+func (s *slowness) copy(dst io.Writer, src io.Reader, forward func() bool) {
+	type piece struct {
+		data []byte
+		at   time.Time
+	}
+	line := make(chan piece, 512) // 700 KB under way
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for p := range line {
+			time.Sleep(time.Until(p.at))
+			if forward() {
+				if _, err := dst.Write(p.data); err != nil {
+					break
+				}
+			}
+		}
+		for range line { // the reader must not be held up
+		}
+	}()
+	free := time.Now()
+	for {
+		buf := make([]byte, packet)
+		n, err := src.Read(buf)
+		if n > 0 {
+			if now := time.Now(); free.Before(now) {
+				free = now
+			}
+			free = free.Add(time.Duration(float64(n) / s.rate * float64(time.Second)))
+			if s.lost() {
+				free = free.Add(2*s.delay + resend)
+			}
+			line <- piece{buf[:n], free.Add(s.delay)}
+		}
+		if err != nil {
+			break
+		}
+	}
+	close(line)
+	<-done
 }
 
 type netState int
@@ -31,11 +101,16 @@ const (
 // forward starts a network between whoever dials its address and the given one. It ends with the test.
 func forward(t *testing.T, to string) *network {
 	t.Helper()
+	return forwardSlowly(t, to, nil)
+}
+
+func forwardSlowly(t *testing.T, to string, slow *slowness) *network {
+	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &network{ln: ln, to: to, conns: map[net.Conn]struct{}{}}
+	n := &network{ln: ln, to: to, slow: slow, conns: map[net.Conn]struct{}{}}
 	n.wg.Go(func() {
 		for {
 			c, err := ln.Accept()
@@ -124,6 +199,10 @@ func (n *network) carry(c net.Conn) {
 }
 
 func (n *network) copy(dst, src net.Conn) {
+	if n.slow != nil {
+		n.slow.copy(dst, src, n.passes)
+		return
+	}
 	buf := make([]byte, 64<<10)
 	for {
 		k, err := src.Read(buf)

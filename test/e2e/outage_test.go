@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"time"
@@ -58,5 +59,25 @@ func TestOutages(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// Both sites have a bad line: 200 ms there and back, 10 Mbit/s, 2 % of packets lost.
+func TestBadLine(t *testing.T) {
+	t.Parallel()
+	for _, v := range []string{oldest, "1.30.0", newest} {
+		t.Run(v, func(t *testing.T) {
+			t.Parallel()
+			hub := freeAddress(t)
+			args := []string{"--flwr", v, "--listen", hub}
+			for i, site := range []string{"site-1", "site-2"} {
+				n := forwardSlowly(t, hub, &slowness{delay: 100 * time.Millisecond, rate: 10e6 / 8, loss: 0.02, rand: rand.New(rand.NewPCG(1, uint64(i)))})
+				args = append(args, "--site-dials", site+"="+n.addr())
+			}
+			r := start(t, spec{app: "tiny", args: args, idle: true})
+			res := r.end()
+			r.succeeded(res, v, 2)
+			sameRounds(t, res.Summary.Rounds, tinyRounds)
+		})
 	}
 }
