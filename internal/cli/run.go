@@ -71,7 +71,7 @@ Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 
 	fl.StringArrayVar(&f.mandatory, "mandatory-site", nil, "a site without which the job neither starts nor goes on (repeatable)")
 	fl.BoolVar(&f.strict, "strict-clients", false, "a site that fails ends the job, whatever --min-sites says")
 	fl.StringVar(&f.join, "join-wait", "", "how long to wait for the other sites once --min-sites are there (default 1m)")
-	fl.StringArrayVar(&f.runConfig, "run-config", nil, "override a value of [tool.flwr.app.config]: key=value (repeatable)")
+	fl.StringArrayVar(&f.runConfig, "run-config", nil, "override values of [tool.flwr.app.config]: key=value, or a TOML file (repeatable)")
 	fl.StringVar(&f.flwr, "flwr", "", "run with this version of flwr instead of the one that the app asks for")
 	fl.StringVar(&f.engine, "engine", "", "how the app runs: auto or flower (default auto)")
 	fl.StringVar(&f.python, "python", "", "use this interpreter and its packages as they are, build no environment")

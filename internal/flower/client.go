@@ -31,6 +31,7 @@ type ClientConfig struct {
 	FlwrHome   string         // this party's own FLWR_HOME
 	IP         string         // a loopback address of this party alone
 	Superlink  string         // "host:port" of the Fleet API, or of a relay to it
+	Installs   bool           // Flower may install the app's dependencies at run time
 	NodeConfig map[string]any // text, int, float64, bool
 	RunConfig  []string       // overrides; needed up to flwr 1.12 only, where each site reads its own copy
 	Env        []string       // complete environment, "K=V", to which what keeps the job in its place is added
@@ -107,9 +108,7 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 	case has("--supernode-address"):
 		args = append(args, "--supernode-address", own)
 	}
-	if has("--disable-runtime-dependency-installation") {
-		args = append(args, "--disable-runtime-dependency-installation")
-	}
+	args = append(args, runtimeInstalls(caps.Supernode, cfg.Installs)...)
 	switch {
 	case node == "":
 	case has("--node-config"):

@@ -210,7 +210,7 @@ func TestWaitReady(t *testing.T) {
 
 func TestProgramEnv(t *testing.T) {
 	got := programEnv([]string{
-		"PATH=/a:/b", "PYTHONDONTWRITEBYTECODE=1", "FLWR_HOME=/users/own", "X=1", "no_proxy=corp", "https_proxy=http://p", "broken", "FLWR_TELEMETRY_ENABLED=1",
+		"PATH=/a:/b", "PYTHONDONTWRITEBYTECODE=1", "FLWR_HOME=/users/own", "X=1", "no_proxy=corp", "https_proxy=http://p", "broken",
 	}, "/env/bin", "/job/flwr", "127.1.2.3", "127.0.0.1")
 	want := []string{
 		"X=1", "https_proxy=http://p", "FLWR_DISABLE_UPDATE_CHECK=1", "FLWR_HOME=/job/flwr", "FLWR_TELEMETRY_ENABLED=0",
@@ -218,6 +218,15 @@ func TestProgramEnv(t *testing.T) {
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q", got)
+	}
+}
+
+// Telemetry is the job's to switch on.
+func TestTelemetry(t *testing.T) {
+	for given, want := range map[string]string{"": "0", telemetry + "=1": "1", telemetry + "=0": "0"} {
+		if got := programEnv([]string{given}, "/bin", "/home"); !slices.Contains(got, telemetry+"="+want) {
+			t.Errorf("given %q: %q", given, got)
+		}
 	}
 }
 

@@ -203,6 +203,21 @@ func (c Caps) FleetWire() string {
 	return "gRPC"
 }
 
+// runtimeInstalls gives the options that make a program install an app's dependencies when it runs, or keep it from that. Programs
+// that can be forbidden it do it by default (superlinks from 1.33 or so on), others only where it is allowed (1.29 and on).
+func runtimeInstalls(flags map[string]string, wanted bool) []string {
+	const allow, forbid = "--allow-runtime-dependency-installation", "--disable-runtime-dependency-installation"
+	_, canAllow := flags[allow]
+	_, canForbid := flags[forbid]
+	switch {
+	case canForbid && !wanted:
+		return []string{forbid}
+	case canAllow && !canForbid && wanted:
+		return []string{allow}
+	}
+	return nil
+}
+
 // judge sets Known and Warning.
 func (i *Installation) judge() {
 	major, minor, ok := releaseOf(i.Version)
@@ -290,7 +305,7 @@ func help(ctx context.Context, bin, name string) (opts map[string]option, err er
 			err = problem.Wrap(rerr, problem.ProgramFailed, "remove it by hand", "the probe's directory %s could not be removed", home)
 		}
 	}()
-	env := programEnv(os.Environ(), bin, home)
+	env := programEnv(append(os.Environ(), telemetry+"=0"), bin, home) // 1.8 reports that it was started before it looks at its arguments
 	out, err := proc.Run(ctx, proc.Spec{Name: name, Args: []string{filepath.Join(bin, name), "--help"}, Dir: home, Env: append(env, "COLUMNS=200")})
 	if err != nil {
 		return nil, err

@@ -97,6 +97,22 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+func TestRuntimeInstalls(t *testing.T) {
+	const allow, forbid = "--allow-runtime-dependency-installation", "--disable-runtime-dependency-installation"
+	for version, want := range map[string][2]string{"1.12.0": {"", ""}, "1.30.0": {"", allow}, "1.34.0": {forbid, ""}, "1.41.0": {forbid, ""}} {
+		flags := args(readHelp(t, version, "flower-superlink"))
+		for i, wanted := range []bool{false, true} {
+			if got := strings.Join(runtimeInstalls(flags, wanted), " "); got != want[i] {
+				t.Errorf("%s, wanted %v: %q, want %q", version, wanted, got, want[i])
+			}
+		}
+	}
+	// A supernode installs nothing unless it is allowed to.
+	if got := runtimeInstalls(args(readHelp(t, "1.41.0", "flower-supernode")), false); got != nil {
+		t.Errorf("%q", got)
+	}
+}
+
 // What cannot run is refused by its version alone.
 func TestSupported(t *testing.T) {
 	for version, c := range map[string]struct{ runs, config bool }{

@@ -34,10 +34,11 @@ func SplitArgs(args []string) (rest, overrides []string, err error) {
 		case joined && name == "--run-config":
 			overrides = append(overrides, value)
 		case arg == "--run-config" || arg == "-c":
-			if i++; i == len(args) {
+			if i+1 == len(args) {
 				return nil, nil, problem.New(problem.Usage, "give it a value: --run-config 'rounds=3'", "the server app's argument %s has no value", arg)
 			}
-			overrides = append(overrides, args[i])
+			overrides = append(overrides, args[i+1])
+			i++
 		default:
 			rest = append(rest, arg)
 		}

@@ -90,11 +90,14 @@ func portTaken(tail []string) bool {
 	return false
 }
 
-// programEnv is the environment of Flower's programs: given, with what the package comment promises.
+// telemetry is the variable that makes Flower report its use to its makers, or not.
+const telemetry = "FLWR_TELEMETRY_ENABLED"
+
+// programEnv is the environment of Flower's programs: given, with what the package comment promises. Telemetry is off unless given
+// has it: whoever calls leaves out what the user's own environment says.
 // The hosts of direct are never reached by way of a proxy. Keys in given win nowhere: what is set here is what keeps a job inside of its directory and address.
 func programEnv(given []string, bin, home string, direct ...string) []string {
 	set := map[string]string{
-		"FLWR_TELEMETRY_ENABLED":    "0",
 		"FLWR_DISABLE_UPDATE_CHECK": "1",
 		"FLWR_HOME":                 home,
 		"PYTHONUNBUFFERED":          "1",
@@ -104,7 +107,7 @@ func programEnv(given []string, bin, home string, direct ...string) []string {
 		"PYTHONHOME":              true, // of another interpreter
 		"VIRTUAL_ENV":             true,
 	}
-	path, noProxy := "", ""
+	path, noProxy, report := "", "", "0"
 	var env []string
 	for _, kv := range given {
 		key, value, ok := strings.Cut(kv, "=")
@@ -118,6 +121,9 @@ func programEnv(given []string, bin, home string, direct ...string) []string {
 		case "NO_PROXY", "no_proxy":
 			noProxy = value
 			continue
+		case telemetry:
+			report = value
+			continue
 		}
 		if _, ours := set[key]; !ours {
 			env = append(env, kv)
@@ -126,6 +132,7 @@ func programEnv(given []string, bin, home string, direct ...string) []string {
 	if path == "" {
 		path = "/usr/local/bin:/usr/bin:/bin"
 	}
+	set[telemetry] = report
 	set["PATH"] = bin + string(os.PathListSeparator) + path
 	// gRPC and httpx honour http_proxy for loopback addresses too.
 	hosts := []string{"localhost", "127.0.0.1"}

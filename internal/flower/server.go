@@ -36,6 +36,7 @@ type ServerConfig struct {
 	Env          []string // complete environment, "K=V", to which what keeps the job in its place is added
 	Args         []string // to the server app: flower-server-app or `flwr run`; --run-config is taken out and added to RunConfig
 	RunConfig    []string // overrides, see ParseRunConfig
+	Installs     bool     // Flower may install the app's dependencies at run time
 	Database     string   // "" keeps the superlink's state in memory
 	ReadyTimeout time.Duration
 	StopGrace    time.Duration // for a run to be stopped by way of Flower before programs are; 0 is DefaultStopGrace, less is none
@@ -196,9 +197,7 @@ func (s *Server) startLink(ctx context.Context, ports []int) error {
 	if caps.Generation <= GenDriver && caps.GRPCAdapter {
 		args = append(args, "--fleet-api-type", "grpc-adapter") // as the reference does with this generation
 	}
-	if _, ok := caps.Superlink["--disable-runtime-dependency-installation"]; ok {
-		args = append(args, "--disable-runtime-dependency-installation")
-	}
+	args = append(args, runtimeInstalls(caps.Superlink, s.cfg.Installs)...)
 	if db := s.cfg.Database; db != "" {
 		if db != ":memory:" && s.cfg.RunDir != "" && !filepath.IsAbs(db) {
 			db = filepath.Join(s.cfg.RunDir, db)

@@ -30,6 +30,7 @@ var Settings = []Setting{
 	{"no-progress", "duration", `"1h"`, "--no-progress", "longest time in which no party shows any progress: a round, a message's handling, a line of output", "`progress_timeout`"},
 	{"exclude", "list of strings", "none", "", "patterns of files that stay out of the bundle", ""},
 	{"run-config", "list of strings", "none", "--run-config", "overrides of `[tool.flwr.app.config]`, each `key=value` with a value as in TOML; those of flags are added", "`run_config`"},
+	{"flower-installs", "boolean", "false", "", "Flower itself may install the app's dependencies when it runs, in the versions that can (1.29 and on); the environment is built before in any case", "`allow_runtime_dependency_installation`"},
 	{"server.args", "list of strings", "none", "", "arguments of the server app, as a list or as one string that is split as a shell would (`flower-server-app` up to flwr 1.12, `flwr run` after it)", "`server_app_args`"},
 	{
 		"server.database", "string", "in memory", "", "file for the superlink's state; a relative one is in the job's results",
@@ -65,5 +66,4 @@ var Absent = []struct{ Name, Default, Why string }{
 	{"heart_beat_timeout", "600 s", "a site is never removed for being away"},
 	{"client_outcome_wait_timeout", "900 s", "a job waits 30 s for its parties to end; a site that is away then cleans up when it is back"},
 	{"cell_wait_timeout", "5 s", "handshakes have 10 s; dialling goes on until `start-timeout`"},
-	{"allow_runtime_dependency_installation", "false", "the environment is built from the lock before anything starts; Flower's own installation is switched off"},
 }

@@ -49,6 +49,8 @@ type Spec struct {
 	Site    Site     `json:"site,omitzero" toml:"site"`
 	Exclude []string `json:"exclude,omitempty" toml:"exclude"` // path.Match globs of what the bundle leaves out
 
+	FlowerInstalls bool `json:"flower-installs,omitempty" toml:"flower-installs"` // Flower itself may install dependencies at run time
+
 	RunConfig []string `json:"run-config,omitempty" toml:"run-config"` // "k=v" words over the app's own run config; those of flags come last
 
 	Flwr          string `json:"flwr,omitempty" toml:"-"`           // the version asked for; "" = the app's requirement

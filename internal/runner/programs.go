@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -97,7 +98,9 @@ func (r *runner) prepare(ctx context.Context) (*prepared, error) {
 	if err != nil {
 		return nil, err
 	}
-	p.env = append(os.Environ(), proc.MarkVar+"="+r.spec.Mark)
+	// The job says whether Flower may report its use, not the environment that the agent happened to be started in.
+	p.env = slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, "FLWR_TELEMETRY_ENABLED=") })
+	p.env = append(p.env, proc.MarkVar+"="+r.spec.Mark)
 	for k, v := range r.spec.Spec.EnvFor(r.spec.Party) {
 		p.env = append(p.env, k+"="+v)
 	}
@@ -239,7 +242,7 @@ func (r *runner) hub(ctx context.Context) error {
 		}
 		srv, err = flower.StartServer(gctx, flower.ServerConfig{
 			Install: p.inst, AppDir: p.dir, RunDir: r.spec.Results, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Env: p.env,
-			Args: r.spec.Spec.Server.Args, RunConfig: r.spec.Spec.RunConfig, Database: r.spec.Spec.Server.Database,
+			Args: r.spec.Spec.Server.Args, RunConfig: r.spec.Spec.RunConfig, Installs: r.spec.Spec.FlowerInstalls, Database: r.spec.Spec.Server.Database,
 			ReadyTimeout: r.spec.Spec.Server.ReadyTimeout.Std(), StopGrace: time.Duration(r.spec.Spec.Server.StopGrace), Party: r.spec.Party, OnEvent: r.event, OnLogError: r.diskError,
 		})
 		if err != nil {
@@ -410,7 +413,7 @@ func (r *runner) site(ctx context.Context) error {
 		defer stopRelay()
 		return r.supernode(ctx, gctx, sess, flower.ClientConfig{
 			Install: p.inst, AppDir: p.dir, RunDir: p.dir, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Superlink: ln.Addr().String(),
-			NodeConfig: r.spec.Spec.NodeConfigFor(r.spec.Party, r.spec.Index, r.spec.Count), RunConfig: r.spec.Spec.RunConfig, Env: p.env, Party: r.spec.Party,
+			NodeConfig: r.spec.Spec.NodeConfigFor(r.spec.Party, r.spec.Index, r.spec.Count), RunConfig: r.spec.Spec.RunConfig, Installs: r.spec.Spec.FlowerInstalls, Env: p.env, Party: r.spec.Party,
 			OnEvent: r.event, OnLogError: r.diskError,
 		})
 	})

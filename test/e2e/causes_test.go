@@ -604,6 +604,34 @@ func TestEndedWhileBuilding(t *testing.T) {
 }
 
 // A command line that cannot be meant is refused with what was probably meant, before anything is made or started.
+// A version of Flower that cannot run the job is refused before anything starts: too old, or too old for a run config.
+func TestTooOld(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		args []string
+		code int
+		says []string
+	}{
+		{[]string{"record-classic", "--flwr", "1.7.0"}, problem.ExitFailed, []string{"flwr 1.7.0 is too old", "1.8"}},
+		{[]string{"record", "--flwr", "1.10.0", "--run-config", "rate=0.5"}, problem.ExitUsage, []string{"flwr 1.10.0 does not give a run config", "1.11"}},
+	} {
+		cmd := exec.Command(binary, append([]string{"run", filepath.Join(apps, c.args[0])}, c.args[1:]...)...)
+		cmd.Dir = t.TempDir()
+		out, err := cmd.CombinedOutput()
+		if cmd.ProcessState.ExitCode() != c.code {
+			t.Errorf("%q: exit %d (%v), want %d", c.args, cmd.ProcessState.ExitCode(), err, c.code)
+		}
+		for _, s := range append(c.says, "next: ") {
+			if !strings.Contains(string(out), s) {
+				t.Errorf("%q: without %q: %s", c.args, s, out)
+			}
+		}
+		if es, err := os.ReadDir(cmd.Dir); err != nil || len(es) > 0 {
+			t.Errorf("%q: the working folder has %v (%v), want nothing", c.args, es, err)
+		}
+	}
+}
+
 func TestRefused(t *testing.T) {
 	tiny := filepath.Join(apps, "tiny")
 	for _, c := range []struct {

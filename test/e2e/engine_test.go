@@ -37,9 +37,28 @@ func TestVersions(t *testing.T) {
 	for _, v := range []string{oldest, "1.18.0", "1.30.0", newest} {
 		t.Run(v, func(t *testing.T) {
 			t.Parallel()
-			r := start(t, spec{app: "tiny", args: []string{"--flwr", v}})
+			home := poisonedHome(t, v == oldest || v == "1.18.0")
+			before := listTree(t, home)
+			r := start(t, spec{app: "tiny", args: []string{"--flwr", v}, env: []string{
+				"HOME=" + home, "PERGOLA_CACHE=" + pyenv.DefaultCache(), "XDG_DATA_HOME=", "FLWR_TELEMETRY_ENABLED=1", "PYENV_ROOT=" + pyenvRoot(),
+			}})
+			r.round(1)
+			environs := r.flowerEnvirons()
 			res := r.end()
 			r.succeeded(res, v, 2)
+			for path, is := range listTree(t, filepath.Join(home, ".flwr")) {
+				if before[path] != is {
+					t.Errorf("the user's %s was %q, is %q", path, before[path], is)
+				}
+			}
+			if len(environs) < 3 {
+				t.Errorf("the environments of %d programs were seen, want a superlink's and two supernodes'", len(environs))
+			}
+			for who, env := range environs {
+				if !strings.Contains(env["FLWR_HOME"], r.out) && !strings.Contains(env["FLWR_HOME"], r.tmp) || env["FLWR_TELEMETRY_ENABLED"] != "0" {
+					t.Errorf("%s has FLWR_HOME=%q and FLWR_TELEMETRY_ENABLED=%q", who, env["FLWR_HOME"], env["FLWR_TELEMETRY_ENABLED"])
+				}
+			}
 			sameRounds(t, res.Summary.Rounds, tinyRounds)
 			r.cleanLogs()
 			for _, a := range r.listened() {
@@ -101,6 +120,61 @@ func TestTroubled(t *testing.T) {
 			t.Errorf("%q: %v, want %v", line, got, want)
 		}
 	}
+}
+
+// poisonedHome is a home with a ~/.flwr on which every program of Flower that reads it fails. Old releases do read one file of it,
+// wherever FLWR_HOME is and even without telemetry: the id that they would report (flwr/common/telemetry.py, _get_source_id).
+func poisonedHome(t *testing.T, old bool) string {
+	t.Helper()
+	home := t.TempDir()
+	dir := filepath.Join(home, ".flwr")
+	if err := os.MkdirAll(filepath.Join(dir, "apps"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	files := map[string]string{"config.toml": "[superlink\ndefault = ]\n", "state.db": "not a database", "source": "\xff\xfe"}
+	if old {
+		files["source"] = "3c1f0a51-6d9e-4f39-9d0c-5a8f3f1c7a55"
+	}
+	for name, text := range files {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return home
+}
+
+// pyenvRoot keeps shims of pyenv, where python3 is one, working with another HOME.
+func pyenvRoot() string {
+	if root := os.Getenv("PYENV_ROOT"); root != "" {
+		return root
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return ""
+	}
+	return filepath.Join(home, ".pyenv")
+}
+
+// flowerEnvirons gives the environments of the run's superlink and supernodes, by their command and pid.
+func (r *run) flowerEnvirons() map[string]map[string]string {
+	found := map[string]map[string]string{}
+	for _, p := range r.processes() {
+		at := slices.IndexFunc(p.args, func(a string) bool { return strings.HasPrefix(filepath.Base(a), "flower-super") })
+		if at < 0 {
+			continue
+		}
+		raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", p.pid))
+		if err != nil {
+			continue // it has ended
+		}
+		env := map[string]string{}
+		for kv := range strings.SplitSeq(string(raw), "\x00") {
+			k, v, _ := strings.Cut(kv, "=")
+			env[k] = v
+		}
+		found[fmt.Sprintf("%s %d", filepath.Base(p.args[at]), p.pid)] = env
+	}
+	return found
 }
 
 // Apps in the styles of older versions run with the oldest and, where Flower's programs take them, with newer ones.

@@ -272,7 +272,7 @@ func (o Options) starter(app string, p ports) []string {
 // freePorts finds free ports below Linux's ephemeral range (32768 and up), where no outgoing connection can take one before Flower does.
 func freePorts(n int) ([]int, error) {
 	var ports []int
-	for port := 10000 + rand.IntN(20000); len(ports) < n && port < 32768; port++ {
+	for port := 10000 + rand.IntN(20000); len(ports) < n && port < 32768; port++ { //nolint:gosec // no secret: runs side by side begin elsewhere
 		ln, err := net.Listen("tcp", local(port)) //nolint:noctx // loopback, at once
 		if errors.Is(err, syscall.EADDRINUSE) {
 			continue
