@@ -27,21 +27,22 @@ func RunConfig(overrides []string) ([]string, error) {
 
 // SplitArgs takes the run config (--run-config, -c) out of a server app's arguments.
 func SplitArgs(args []string) (rest, overrides []string, err error) {
-	for i := 0; i < len(args); i++ {
-		arg := args[i]
+	flag := "" // whose value is next
+	for _, arg := range args {
 		name, value, joined := strings.Cut(arg, "=")
 		switch {
+		case flag != "":
+			overrides, flag = append(overrides, arg), ""
 		case joined && name == "--run-config":
 			overrides = append(overrides, value)
 		case arg == "--run-config" || arg == "-c":
-			if i+1 == len(args) {
-				return nil, nil, problem.New(problem.Usage, "give it a value: --run-config 'rounds=3'", "the server app's argument %s has no value", arg)
-			}
-			overrides = append(overrides, args[i+1])
-			i++
+			flag = arg
 		default:
 			rest = append(rest, arg)
 		}
+	}
+	if flag != "" {
+		return nil, nil, problem.New(problem.Usage, "give it a value: --run-config 'rounds=3'", "the server app's argument %s has no value", flag)
 	}
 	return rest, overrides, nil
 }
