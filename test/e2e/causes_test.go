@@ -43,6 +43,9 @@ type ending struct {
 // sleepy are arguments for the app slow, so that it is surely in its first round when something happens to it.
 var sleepy = []string{"--run-config", "sleep=40"}
 
+// goesOn are arguments for the app late, so that one site is enough after the first round.
+var goesOn = []string{"--min-sites", "1", "--run-config", "clients=1", "--run-config", "sleep=10.0"}
+
 // inRound kills a process when round 1 goes on.
 func inRound(which func(r *run) int) func(*run) {
 	return func(r *run) {
@@ -87,6 +90,39 @@ var endings = []ending{
 		name: "one client app raises and the strategy does not accept it",
 		app:  "raise-client", args: []string{"--run-config", "accept-failures=false"},
 		code: problem.AppError, party: "hub", says: []string{"1 clients failed in round 1"}, more: toldOfClient,
+	},
+	{
+		name: "the server app exits with 0 before any client was asked",
+		app:  "quits", state: job.Succeeded,
+	},
+	{
+		name: "the server app exits with 3",
+		app:  "quits", args: []string{"--run-config", "code=3"},
+		code: problem.AppError, party: "hub", says: []string{"exit code 3"},
+	},
+	{
+		// From 1.13 on Flower itself calls such a run failed, and the reference system does, too.
+		name: "the server app exits with 0, newest flwr",
+		app:  "quits", flwr: newFlwr, code: problem.ProgramFailed, party: "hub", says: []string{"its process ended without a result"}, next: "os._exit",
+	},
+	{
+		name: "a supernode is killed and the job goes on without it",
+		app:  "late", args: goesOn, act: func(r *run) {
+			inRound(program("site-1", "flower-supernode"))(r)
+			r.struck = time.Time{} // that is not the job's end
+		},
+		state: job.Succeeded, more: func(t *testing.T, res result) {
+			if !slices.ContainsFunc(res.Summary.Warnings, func(w string) bool {
+				return strings.Contains(w, "the job goes on without site-1") && strings.Contains(w, "killed")
+			}) {
+				t.Errorf("the warnings are %q", res.Summary.Warnings)
+			}
+		},
+	},
+	{
+		name: "a supernode is killed, with strict-clients",
+		app:  "late", args: append([]string{"--strict-clients"}, goesOn...), act: inRound(program("site-1", "flower-supernode")),
+		code: problem.ProgramFailed, party: "site-1", says: []string{"flower-supernode", "killed"},
 	},
 	{
 		name: "the directory is no Flower app",
