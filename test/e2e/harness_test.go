@@ -12,6 +12,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io/fs"
 	"os"
@@ -40,6 +41,7 @@ var (
 	binary string // the built command
 	apps   string // test/apps
 	slots  = make(chan struct{}, slotCount())
+	idle   = make(chan struct{}, slotCount()+1) // for runs that mostly wait
 )
 
 // slotCount is how many runs may go on at once: each is a dozen processes, half of them Python.
@@ -51,6 +53,11 @@ func slotCount() int {
 }
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	// The slots decide how much goes on at once, not the number of cores: many runs mostly wait.
+	if err := flag.Set("test.parallel", "32"); err != nil {
+		panic(err)
+	}
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "pergola-e2e-")
 		if err != nil {
@@ -94,7 +101,7 @@ type spec struct {
 	env  []string // in addition to the test's own
 	wrap []string // a command that execs its arguments; the pid must stay the same
 	out  string   // --out; default a new folder of its own
-	idle bool     // it mostly waits: it takes none of the slots
+	idle bool     // it mostly waits: it takes a slot of those for such runs
 }
 
 // event is a line of --json.
@@ -169,11 +176,12 @@ func start(t *testing.T, s spec) *run {
 	}
 	r.tmp = t.TempDir()
 	r.hash = hashTree(t, r.app)
-	r.free = func() {}
-	if !s.idle {
-		slots <- struct{}{}
-		r.free = sync.OnceFunc(func() { <-slots })
+	pool := slots
+	if s.idle {
+		pool = idle
 	}
+	pool <- struct{}{}
+	r.free = sync.OnceFunc(func() { <-pool })
 
 	args := append(slices.Clone(s.wrap), binary, "run", r.app, "--json", "--out", r.out)
 	args = append(args, s.args...)

@@ -237,6 +237,8 @@ func TestHubAndAgentAreKilled(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
+			idle <- struct{}{}
+			defer func() { <-idle }()
 			f := daemons(t, "site-1", "site-2")
 			f.hub.start()
 			for _, s := range f.sites {
