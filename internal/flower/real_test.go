@@ -405,29 +405,29 @@ func TestStartServerThatCannot(t *testing.T) {
 		}
 		return &Installation{Version: "1.41.0", Bin: bin, Known: true, Caps: Caps{Generation: GenHTTP}}
 	}
-	start := func(inst *Installation, ctx context.Context) error {
+	start := func(inst *Installation, ctx context.Context, ready time.Duration) error {
 		dir := t.TempDir()
 		s, err := StartServer(ctx, ServerConfig{
-			Install: inst, AppDir: write(t, appFiles(goodApp)), RunDir: dir, LogDir: dir, FlwrHome: filepath.Join(dir, "flwr"), IP: testIP(), Env: os.Environ(), ReadyTimeout: 300 * time.Millisecond,
+			Install: inst, AppDir: write(t, appFiles(goodApp)), RunDir: dir, LogDir: dir, FlwrHome: filepath.Join(dir, "flwr"), IP: testIP(), Env: os.Environ(), ReadyTimeout: ready,
 		})
 		if err == nil {
 			s.Stop(0)
 		}
 		return err
 	}
-	if err := start(superlink("echo no such thing >&2; exit 3\n"), t.Context()); problem.CodeOf(err) != problem.ProgramFailed ||
+	if err := start(superlink("echo no such thing >&2; exit 3\n"), t.Context(), time.Minute); problem.CodeOf(err) != problem.ProgramFailed ||
 		!strings.Contains(err.Error(), "flower-superlink ended unexpectedly (exit code 3)") || !strings.Contains(err.Error(), "no such thing") {
 		t.Errorf("one that fails: %v", err)
 	}
-	if err := start(superlink("echo waiting; sleep 60\n"), t.Context()); problem.CodeOf(err) != problem.StartTimeout || !strings.Contains(err.Error(), "waiting") {
+	if err := start(superlink("echo waiting; sleep 60\n"), t.Context(), 3*time.Second); problem.CodeOf(err) != problem.StartTimeout || !strings.Contains(err.Error(), "waiting") {
 		t.Errorf("one that is never ready: %v", err)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())
 	cancel(errors.New("changed my mind"))
-	if err := start(superlink("sleep 60\n"), ctx); err == nil || !strings.Contains(err.Error(), "changed my mind") {
+	if err := start(superlink("sleep 60\n"), ctx, time.Minute); err == nil || !strings.Contains(err.Error(), "changed my mind") {
 		t.Errorf("cancelled: %v", err)
 	}
-	if err := start(superlink("echo '[Errno 98] address already in use'; exit 1\n"), t.Context()); problem.CodeOf(err) != problem.ProgramFailed {
+	if err := start(superlink("echo '[Errno 98] address already in use'; exit 1\n"), t.Context(), time.Minute); problem.CodeOf(err) != problem.ProgramFailed {
 		t.Errorf("no port anywhere: %v", err)
 	}
 }
