@@ -39,6 +39,8 @@ type Spec struct {
 	MandatorySites []string `json:"mandatory-sites,omitempty" toml:"mandatory-sites"` // those without which it neither starts nor goes on
 	StrictClients  bool     `json:"strict-clients,omitempty" toml:"strict-clients"`   // any site that fails ends the job, whatever min-sites says
 
+	Priority int `json:"priority,omitempty" toml:"-"` // higher is taken first
+
 	Deadline        Duration `json:"deadline,omitzero" toml:"deadline"`                 // from the start of preparing to the end
 	OutageTolerance Duration `json:"outage-tolerance,omitzero" toml:"outage-tolerance"` // how long a site may be away
 	NoProgress      Duration `json:"no-progress,omitzero" toml:"no-progress"`           // longest silence of all parties together

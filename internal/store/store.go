@@ -1,12 +1,14 @@
 // Package store holds what every store of jobs shares: what can be asked for, and how a store
 // refuses. Package sqlite keeps the jobs in one file beside the hub; storetest is the contract that
-// each store passes. Interfaces are declared by those who use a store, with the methods they use.
+// each store passes. [Store] is all that a store can do.
 //
 // It decides nothing: which move is allowed stands in package job, when to move is the hub's affair.
 // Start with sqlite.Open.
 package store
 
 import (
+	"context"
+	"encoding/json"
 	"fmt"
 	"sync"
 	"time"
@@ -17,10 +19,13 @@ import (
 
 // Filter chooses jobs. The zero value is the first DefaultLimit jobs in the order of submission.
 type Filter struct {
-	States []job.State // none = all
-	Limit  int         // 0 = DefaultLimit
-	After  job.ID      // the last job of the page before
-	Newest bool        // newest first
+	States    []job.State // none = all
+	Submitter string      // "" = everybody's
+	Name      string      // "" = any
+	Prefix    string      // how the ID begins; "" = any
+	Limit     int         // 0 = DefaultLimit
+	After     job.ID      // the last job of the page before
+	Newest    bool        // newest first
 }
 
 // DefaultLimit is how many jobs or events a call gives that names no limit.
@@ -31,6 +36,29 @@ type Bundle struct {
 	Digest  string    // "sha256:…"
 	Size    int64     // bytes as packed
 	Created time.Time // when the hub had it whole
+}
+
+// Identity is a site or a user that the hub knows.
+type Identity struct {
+	Kind     string          // as in its certificate: "site", "user"
+	Name     string          //
+	Enrolled time.Time       // when it last came by a token; zero: never, it stands in the hub's configuration
+	Removed  time.Time       // zero: it may come
+	Drained  bool            // a site that takes no new jobs
+	Info     json.RawMessage // what a site declared last; none = nothing yet
+	Seen     time.Time       // when it declared that
+	Version  string          // of its Pergola, then
+}
+
+// Token is a secret that lets somebody enrol, once. The store knows its hash only.
+type Token struct {
+	Hash    string // hex SHA-256 of the secret
+	Kind    string // of whom it enrols
+	Name    string // of whom it enrols
+	Created time.Time
+	Expires time.Time
+	Used    time.Time // zero: not yet
+	By      string    // who made it
 }
 
 // MoveError is a move that the tables of package job do not allow. It comes within a *problem.Error;
@@ -61,6 +89,55 @@ func (e *MoveError) Problem() error {
 		code, next = problem.Usage, "it is over; see how it ended with: pergola show "+string(e.Job)
 	}
 	return problem.Wrap(e, code, next, "the move is not allowed")
+}
+
+// Store keeps jobs, their parties and events, and whom the hub knows. What a method means is said at those of
+// sqlstore.DB, and tested in storetest. A call that returned nil is on disk. While a store cannot be reached, calls
+// return a problem with the code unavailable, and do again what they should once it can.
+type Store interface {
+	CreateJob(ctx context.Context, j job.Job, sites []string) (job.Job, error)
+	Job(ctx context.Context, id job.ID) (job.Job, error)
+	Jobs(ctx context.Context, f Filter) ([]job.Job, error)
+	FindJob(ctx context.Context, prefix string) (job.ID, error)
+	CountJobs(ctx context.Context) (map[job.State]int, error)
+	DeleteJob(ctx context.Context, id job.ID) error
+	Move(ctx context.Context, id job.ID, to job.State, cause *job.Cause, reason string, now time.Time) error
+	SetReason(ctx context.Context, id job.ID, reason string) error
+
+	Parties(ctx context.Context, id job.ID) ([]job.Party, error)
+	PartiesOf(ctx context.Context, ids []job.ID) (map[job.ID][]job.Party, error)
+	AddParty(ctx context.Context, id job.ID, site string) error
+	MoveParty(ctx context.Context, id job.ID, party string, to job.PartyState, cause *job.Cause, reason string, now time.Time) error
+	MoveAttempt(ctx context.Context, id job.ID, party string, attempt int, to job.PartyState, cause *job.Cause, reason string, now time.Time) error
+	Again(ctx context.Context, id job.ID, party, reason string, now time.Time) error
+
+	Append(ctx context.Context, e job.Event, partySeq int64) (seq int64, dup bool, err error)
+	PartySeq(ctx context.Context, id job.ID, party string) (int64, error)
+	Events(ctx context.Context, id job.ID, after int64, limit int) ([]job.Event, error)
+	Subscribe(id job.ID) (wake <-chan struct{}, cancel func())
+
+	Claim(ctx context.Context, id job.ID, owner string, until, now time.Time) (bool, error)
+	Release(ctx context.Context, id job.ID, owner string) error
+
+	PutBundle(ctx context.Context, digest string, size int64, now time.Time) error
+	Bundle(ctx context.Context, digest string) (Bundle, error)
+	Bundles(ctx context.Context) ([]Bundle, error)
+	DeleteBundle(ctx context.Context, digest string) error
+
+	PutIdentity(ctx context.Context, i Identity) error
+	Identity(ctx context.Context, kind, name string) (Identity, error)
+	Identities(ctx context.Context, kind string) ([]Identity, error)
+	RemoveIdentity(ctx context.Context, kind, name string, now time.Time) error
+	SetDrained(ctx context.Context, site string, drained bool) error
+	SawSite(ctx context.Context, site string, info json.RawMessage, version string, now time.Time) error
+
+	PutToken(ctx context.Context, t Token) error
+	UseToken(ctx context.Context, hash string, now time.Time) (Token, error)
+	Tokens(ctx context.Context) ([]Token, error)
+	RemoveToken(ctx context.Context, hash string) error
+
+	Backup(ctx context.Context, path string) error
+	Close() error
 }
 
 // Fanout wakes whoever waits for something to be committed. The zero value is ready.

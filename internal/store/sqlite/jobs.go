@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -61,8 +62,8 @@ func (db *DB) CreateJob(ctx context.Context, j job.Job, sites []string) (job.Job
 		if taken {
 			return problem.New(problem.Exists, "submit it with a new ID", "job %s exists already", j.ID)
 		}
-		if _, err := tx.ExecContext(ctx, "INSERT INTO job ("+jobColumns+") VALUES (?, ?, ?, ?, ?, ?, ?, '', ?, ?, 0, 0)",
-			j.ID, j.Name, j.Key, j.Submitter, j.Bundle, j.State, j.Reason, string(spec), nanos(j.Created)); err != nil {
+		if _, err := tx.ExecContext(ctx, "INSERT INTO job ("+jobColumns+", priority) VALUES (?, ?, ?, ?, ?, ?, ?, '', ?, ?, 0, 0, ?)",
+			j.ID, j.Name, j.Key, j.Submitter, j.Bundle, j.State, j.Reason, string(spec), nanos(j.Created), j.Spec.Priority); err != nil {
 			return err
 		}
 		for i, name := range append([]string{job.HubParty}, sites...) {
@@ -100,6 +101,17 @@ func (db *DB) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
 			args = append(args, s)
 		}
 	}
+	for _, w := range []struct{ column, value string }{{"submitter", f.Submitter}, {"name", f.Name}} {
+		if w.value != "" {
+			q += " AND " + w.column + " = ?"
+			args = append(args, w.value)
+		}
+	}
+	if f.Prefix != "" {
+		p := strings.ToLower(f.Prefix)
+		q += " AND id >= ? AND id < ?"
+		args = append(args, p, p+afterAll)
+	}
 	order, beyond := " ORDER BY id", " AND id > ?"
 	if f.Newest {
 		order, beyond = " ORDER BY id DESC", " AND id < ?"
@@ -110,6 +122,84 @@ func (db *DB) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
 	}
 	rows, err := db.r.QueryContext(ctx, q+order+" LIMIT ?", append(args, limit(f.Limit))...)
 	return collect(ctx, db, rows, err, "list jobs", scanJob)
+}
+
+// afterAll sorts behind each character of an ID.
+const afterAll = "~"
+
+// FindJob gives the job whose ID is prefix or alone begins with it, in lower or upper case. If there are several, the
+// problem has the code usage and names up to five of them, newest first; if there is none, not-found.
+func (db *DB) FindJob(ctx context.Context, prefix string) (job.ID, error) {
+	if prefix == "" {
+		return "", problem.New(problem.Usage, "see the jobs with: pergola jobs", "no job was named")
+	}
+	const most = 5
+	js, err := db.Jobs(ctx, store.Filter{Prefix: prefix, Limit: most + 1, Newest: true})
+	switch {
+	case err != nil:
+		return "", err
+	case len(js) == 0:
+		return "", noJob(job.ID(prefix))
+	case len(js) == 1:
+		return js[0].ID, nil
+	}
+	var names []string
+	for _, j := range js[:min(len(js), most)] {
+		names = append(names, fmt.Sprintf("%s (%s)", j.ID, j.Name))
+	}
+	if len(js) > most {
+		names = append(names, "…")
+	}
+	return "", problem.New(problem.Usage, "write more of the ID", "several jobs begin with %s: %s", prefix, strings.Join(names, ", "))
+}
+
+// CountJobs counts the jobs in each state; states that no job is in are missing.
+func (db *DB) CountJobs(ctx context.Context) (map[job.State]int, error) {
+	type count struct {
+		state job.State
+		n     int
+	}
+	rows, err := db.r.QueryContext(ctx, "SELECT state, count(*) FROM job GROUP BY state")
+	cs, err := collect(ctx, db, rows, err, "count the jobs", func(r row) (c count, err error) {
+		err = r.Scan(&c.state, &c.n)
+		return c, err
+	})
+	out := map[job.State]int{}
+	for _, c := range cs {
+		out[c.state] = c.n
+	}
+	return out, err
+}
+
+// DeleteJob forgets a job that is over, with its parties and events. One that is not over is refused with code usage.
+func (db *DB) DeleteJob(ctx context.Context, id job.ID) error {
+	return db.change(ctx, "delete a job", id, func(tx *sql.Tx, j job.Job) (bool, error) {
+		if !j.State.Terminal() {
+			return false, problem.New(problem.Usage, "end it first with: pergola abort "+string(id), "job %s is not over: it is %s", id, j.State)
+		}
+		_, err := tx.ExecContext(ctx, "DELETE FROM job WHERE id = ?", id)
+		return true, err
+	})
+}
+
+// PartiesOf gives the parties of many jobs, each as Parties does. Jobs that do not exist are missing.
+func (db *DB) PartiesOf(ctx context.Context, ids []job.ID) (map[job.ID][]job.Party, error) {
+	out := make(map[job.ID][]job.Party, len(ids))
+	for chunk := range slices.Chunk(ids, 500) { // databases bound the number of arguments
+		args := make([]any, len(chunk))
+		for i, id := range chunk {
+			args[i] = id
+		}
+		rows, err := db.r.QueryContext(ctx, "SELECT "+partyColumns+" FROM party WHERE job IN (?"+strings.Repeat(", ?", len(chunk)-1)+") ORDER BY job, pos", args...)
+		ps, err := collect(ctx, db, rows, err, "list the parties", scanParty)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range ps {
+			out[p.Job] = append(out[p.Job], p)
+		}
+	}
+	return out, nil
 }
 
 // Parties gives the parties of a job: the hub, then the sites in the order of their partitions.
@@ -290,6 +380,34 @@ func (db *DB) Bundle(ctx context.Context, digest string) (store.Bundle, error) {
 func (db *DB) Bundles(ctx context.Context) ([]store.Bundle, error) {
 	rows, err := db.r.QueryContext(ctx, "SELECT digest, size, created FROM bundle ORDER BY created, digest")
 	return collect(ctx, db, rows, err, "list bundles", scanBundle)
+}
+
+// DeleteBundle forgets a bundle. One that a job needs which is not over is refused with code usage; one that is not
+// known is no error.
+func (db *DB) DeleteBundle(ctx context.Context, digest string) error {
+	return db.write(ctx, "delete a bundle", func(tx *sql.Tx) error {
+		states, args := openStates()
+		var id job.ID
+		err := tx.QueryRowContext(ctx, "SELECT id FROM job WHERE bundle = ? AND state IN "+states+" LIMIT 1", append([]any{digest}, args...)...).Scan(&id)
+		if err == nil {
+			return problem.New(problem.Usage, "wait until the job is over", "the bundle %s is needed by job %s", digest, id)
+		}
+		if !errors.Is(err, sql.ErrNoRows) {
+			return err
+		}
+		_, err = tx.ExecContext(ctx, "DELETE FROM bundle WHERE digest = ?", digest)
+		return err
+	})
+}
+
+// openStates gives the states of jobs that are not over, as a list for SQL's IN.
+func openStates() (list string, args []any) {
+	for _, s := range job.States() {
+		if !s.Terminal() {
+			args = append(args, s)
+		}
+	}
+	return "(?" + strings.Repeat(", ?", len(args)-1) + ")", args
 }
 
 // write runs fn in one transaction of the only writer.

@@ -32,6 +32,7 @@ var migrations embed.FS
 type DB struct {
 	store.Fanout
 	path string
+	uri  string  // of path, up to and with the question mark
 	w    *sql.DB // one connection: SQLite has one writer, and a queue in front of it beats SQLITE_BUSY
 	r    *sql.DB
 }
@@ -60,15 +61,15 @@ func Open(ctx context.Context, path string) (*DB, error) {
 		return nil, db.trouble(ctx, err, "open the store")
 	}
 	// A path is not a URI: "?" and "%" in it are escaped.
-	uri := "file:" + (&url.URL{Path: abs}).EscapedPath() + "?"
-	if db.w, err = sql.Open("sqlite", uri+writerDSN); err != nil {
+	db.uri = "file:" + (&url.URL{Path: abs}).EscapedPath() + "?"
+	if db.w, err = sql.Open("sqlite", db.uri+writerDSN); err != nil {
 		return nil, db.trouble(ctx, err, "open the store")
 	}
 	db.w.SetMaxOpenConns(1)
 	if err := db.migrate(ctx); err != nil {
 		return nil, errors.Join(err, db.w.Close())
 	}
-	if db.r, err = sql.Open("sqlite", uri+readerDSN); err != nil {
+	if db.r, err = sql.Open("sqlite", db.uri+readerDSN); err != nil {
 		return nil, errors.Join(db.trouble(ctx, err, "open the store"), db.w.Close())
 	}
 	db.r.SetMaxOpenConns(readers)

@@ -23,24 +23,7 @@ import (
 )
 
 // DB is all that a store can do.
-type DB interface {
-	CreateJob(ctx context.Context, j job.Job, sites []string) (job.Job, error)
-	Job(ctx context.Context, id job.ID) (job.Job, error)
-	Jobs(ctx context.Context, f store.Filter) ([]job.Job, error)
-	Parties(ctx context.Context, id job.ID) ([]job.Party, error)
-	AddParty(ctx context.Context, id job.ID, site string) error
-	Move(ctx context.Context, id job.ID, to job.State, cause *job.Cause, reason string, now time.Time) error
-	SetReason(ctx context.Context, id job.ID, reason string) error
-	MoveParty(ctx context.Context, id job.ID, party string, to job.PartyState, cause *job.Cause, reason string, now time.Time) error
-	Append(ctx context.Context, e job.Event, partySeq int64) (seq int64, dup bool, err error)
-	PartySeq(ctx context.Context, id job.ID, party string) (int64, error)
-	Events(ctx context.Context, id job.ID, after int64, limit int) ([]job.Event, error)
-	Subscribe(id job.ID) (wake <-chan struct{}, cancel func())
-	PutBundle(ctx context.Context, digest string, size int64, now time.Time) error
-	Bundle(ctx context.Context, digest string) (store.Bundle, error)
-	Bundles(ctx context.Context) ([]store.Bundle, error)
-	Close() error
-}
+type DB = store.Store
 
 // Opener opens a store. The first call in a test gives an empty one, each further call the same one
 // again, as after a restart; whoever calls closes it.
@@ -69,6 +52,18 @@ func Run(t *testing.T, fresh func(t *testing.T) Opener) {
 		{"no event is lost between a subscriber and many writers", testConcurrent},
 		{"bundles are noted once", testBundles},
 		{"a call whose context is over changes nothing", testContext},
+		{"jobs are found by how their IDs begin", testFind},
+		{"jobs are chosen by submitter, name and prefix", testFilters},
+		{"jobs are counted by state", testCount},
+		{"a job that is over can be deleted, with all that belongs to it", testDelete},
+		{"the parties of many jobs come at once", testPartiesOf},
+		{"a bundle that a job needs stays", testDeleteBundle},
+		{"a lease has one holder at a time", testLease},
+		{"of many that claim a job one gets it", testLeaseRace},
+		{"whom the hub knows", testIdentities},
+		{"a site's declarations and draining", testSites},
+		{"a token is good once, and until it is over", testTokens},
+		{"of many that use a token one succeeds", testTokenRace},
 		{"any sequence of events ends with a cause", testProperty},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.test(t, fresh(t)) })

@@ -1,0 +1,168 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"time"
+
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/store"
+)
+
+const (
+	identityColumns = "kind, name, enrolled, removed, drained, info, seen, version"
+	tokenColumns    = "hash, kind, name, created, expires, used, made_by"
+	siteKind        = "site"
+)
+
+// PutIdentity enrols a site or a user, or enrols it again: from i.Enrolled on it may come. One that was not removed in between
+// stays drained if it was; what it declared last stays in any case.
+func (db *DB) PutIdentity(ctx context.Context, i store.Identity) error {
+	if len(i.Info) > 0 && !json.Valid(i.Info) {
+		return problem.New(problem.Internal, "please report this", "what %s %s declares is not JSON", i.Kind, i.Name)
+	}
+	return db.knows(ctx, "enrol", `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, ?, 0, ?, ?, ?, ?)
+		ON CONFLICT (kind, name) DO UPDATE SET enrolled = excluded.enrolled, removed = 0,
+		drained = CASE WHEN identity.removed = 0 THEN identity.drained ELSE excluded.drained END`,
+		i.Kind, i.Name, nanos(i.Enrolled), flag(i.Drained), string(i.Info), nanos(i.Seen), i.Version)
+}
+
+// Identity gives what is known of a site or a user, also of a removed one; not-found if nothing is.
+func (db *DB) Identity(ctx context.Context, kind, name string) (store.Identity, error) {
+	i, err := scanIdentity(db.r.QueryRowContext(ctx, "SELECT "+identityColumns+" FROM identity WHERE kind = ? AND name = ?", kind, name))
+	if errors.Is(err, sql.ErrNoRows) {
+		return i, problem.New(problem.NotFound, "check the name", "the hub knows no %s %q", kind, name)
+	}
+	return i, db.trouble(ctx, err, "read who "+name+" is")
+}
+
+// Identities gives all that are known of a kind, by name, also removed ones.
+func (db *DB) Identities(ctx context.Context, kind string) ([]store.Identity, error) {
+	rows, err := db.r.QueryContext(ctx, "SELECT "+identityColumns+" FROM identity WHERE kind = ? ORDER BY name", kind)
+	return collect(ctx, db, rows, err, "list who is known", scanIdentity)
+}
+
+// RemoveIdentity keeps a site or a user away from now on, until it is enrolled again; also one that the store has not heard of,
+// since a hub's configuration may name some. One that is removed already stays as it is.
+func (db *DB) RemoveIdentity(ctx context.Context, kind, name string, now time.Time) error {
+	return db.knows(ctx, "remove", `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, ?, 0, '', 0, '')
+		ON CONFLICT (kind, name) DO UPDATE SET removed = excluded.removed WHERE identity.removed = 0`, kind, name, nanos(now))
+}
+
+// SetDrained says whether a site takes new jobs, also of one that the store has not heard of.
+func (db *DB) SetDrained(ctx context.Context, site string, drained bool) error {
+	return db.knows(ctx, "drain", `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, 0, ?, '', 0, '')
+		ON CONFLICT (kind, name) DO UPDATE SET drained = excluded.drained`, siteKind, site, flag(drained))
+}
+
+// SawSite notes what a site's agent declares of itself. It wakes nobody.
+func (db *DB) SawSite(ctx context.Context, site string, info json.RawMessage, version string, now time.Time) error {
+	if len(info) > 0 && !json.Valid(info) {
+		return problem.New(problem.Usage, "update the site's agent", "what site %s declares is not JSON", site)
+	}
+	return db.write(ctx, "note a site", func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, 0, 0, ?, ?, ?)
+			ON CONFLICT (kind, name) DO UPDATE SET info = excluded.info, seen = excluded.seen, version = excluded.version`,
+			siteKind, site, string(info), nanos(now), version)
+		return err
+	})
+}
+
+// knows stores something about an identity and wakes whoever waits for anything.
+func (db *DB) knows(ctx context.Context, doing, query string, args ...any) error {
+	err := db.write(ctx, doing+" "+args[1].(string), func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, query, args...)
+		return err
+	})
+	db.Wake("")
+	return err
+}
+
+// PutToken stores a token; one that is there already is refused with code exists.
+func (db *DB) PutToken(ctx context.Context, t store.Token) error {
+	return db.write(ctx, "store a token", func(tx *sql.Tx) error {
+		res, err := tx.ExecContext(ctx, "INSERT INTO token ("+tokenColumns+") VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+			t.Hash, t.Kind, t.Name, nanos(t.Created), nanos(t.Expires), nanos(t.Used), t.By)
+		if err != nil {
+			return err
+		}
+		if n, err := res.RowsAffected(); n > 0 || err != nil {
+			return err
+		}
+		return problem.New(problem.Exists, "make another one", "the token exists already")
+	})
+}
+
+// UseToken takes a token, once: a token that is unknown, was used or is over at now is refused with code denied. Of many calls
+// at the same time one succeeds.
+func (db *DB) UseToken(ctx context.Context, hash string, now time.Time) (t store.Token, err error) {
+	err = db.write(ctx, "use a token", func(tx *sql.Tx) error {
+		var err error
+		t, err = scanToken(tx.QueryRowContext(ctx, "SELECT "+tokenColumns+" FROM token WHERE hash = ?", hash))
+		const next = "ask whoever gave it to you for another one"
+		switch {
+		case errors.Is(err, sql.ErrNoRows):
+			return problem.New(problem.Denied, next, "the hub does not know this token")
+		case err != nil:
+			return err
+		case !t.Used.IsZero():
+			return problem.New(problem.Denied, next, "the token for %s %s was used already, at %s", t.Kind, t.Name, t.Used.Format(time.RFC3339))
+		case !now.Before(t.Expires):
+			return problem.New(problem.Denied, next, "the token for %s %s was good until %s", t.Kind, t.Name, t.Expires.Format(time.RFC3339))
+		}
+		t.Used = stamp(nanos(now))
+		_, err = tx.ExecContext(ctx, "UPDATE token SET used = ? WHERE hash = ?", nanos(now), hash)
+		return err
+	})
+	if err != nil {
+		return store.Token{}, err
+	}
+	return t, nil
+}
+
+// Tokens gives all tokens, oldest first, also those that were used or are over.
+func (db *DB) Tokens(ctx context.Context) ([]store.Token, error) {
+	rows, err := db.r.QueryContext(ctx, "SELECT "+tokenColumns+" FROM token ORDER BY created, hash")
+	return collect(ctx, db, rows, err, "list the tokens", scanToken)
+}
+
+// RemoveToken forgets a token; not-found if there is none.
+func (db *DB) RemoveToken(ctx context.Context, hash string) error {
+	return db.write(ctx, "remove a token", func(tx *sql.Tx) error {
+		res, err := tx.ExecContext(ctx, "DELETE FROM token WHERE hash = ?", hash)
+		if err != nil {
+			return err
+		}
+		if n, err := res.RowsAffected(); n > 0 || err != nil {
+			return err
+		}
+		return problem.New(problem.NotFound, "see the tokens with: pergola hub token ls", "there is no such token")
+	})
+}
+
+func scanIdentity(r row) (i store.Identity, err error) {
+	var enrolled, removed, drained, seen int64
+	var info string
+	err = r.Scan(&i.Kind, &i.Name, &enrolled, &removed, &drained, &info, &seen, &i.Version)
+	i.Enrolled, i.Removed, i.Drained, i.Seen = stamp(enrolled), stamp(removed), drained != 0, stamp(seen)
+	if info != "" {
+		i.Info = json.RawMessage(info)
+	}
+	return i, err
+}
+
+func scanToken(r row) (t store.Token, err error) {
+	var created, expires, used int64
+	err = r.Scan(&t.Hash, &t.Kind, &t.Name, &created, &expires, &used, &t.By)
+	t.Created, t.Expires, t.Used = stamp(created), stamp(expires), stamp(used)
+	return t, err
+}
+
+func flag(b bool) int64 {
+	if b {
+		return 1
+	}
+	return 0
+}
