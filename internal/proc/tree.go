@@ -70,6 +70,15 @@ func StartTime(pid int) (uint64, error) {
 	return s.start, nil
 }
 
+// BootID names the machine's present boot, which start times count from; "" where that is not known.
+func BootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
 // Alive tells whether the process that had this pid and start time still runs; a zombie does not.
 func Alive(pid int, start uint64) bool {
 	s, err := readStat(pid)
@@ -358,4 +367,27 @@ func (v victim) await(limit time.Duration) {
 		}
 	}
 	time.Sleep(min(limit, 5*time.Millisecond)) // without a pidfd there is nothing to wait on but time
+}
+
+// Suspended is a process that a signal (SIGSTOP, SIGTSTP) has stopped.
+type Suspended struct {
+	Pid   int
+	Start uint64 // see StartTime
+	Name  string // as /proc has it, at most 15 bytes
+}
+
+// SuspendedBelow gives the descendants of pid that a signal has stopped, in no particular order. One that a debugger has
+// stopped is not among them.
+func SuspendedBelow(pid int) ([]Suspended, error) {
+	found, err := descendants(pid)
+	if err != nil {
+		return nil, err
+	}
+	var out []Suspended
+	for _, s := range found {
+		if s.state == 'T' {
+			out = append(out, Suspended{Pid: s.pid, Start: s.start, Name: strings.TrimSpace(string(readSome(s.pid, "comm")))})
+		}
+	}
+	return out, nil
 }

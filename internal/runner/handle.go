@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -31,6 +32,7 @@ type Handle struct {
 	client *api.Client
 	once   sync.Once
 	gone   <-chan struct{} // closed when the process is no more
+	silent atomic.Bool     // it was ended because it did not answer
 	exit   *string         // how it ended, written before gone is closed; nil for one that another process started
 }
 
@@ -99,6 +101,9 @@ func Attach(dir string) (*Handle, error) {
 		return nil, err
 	}
 	h.tmp = spec.Tmp
+	if boot := proc.BootID(); h.id.Boot != "" && boot != "" && h.id.Boot != boot {
+		h.id = identity{} // whatever has that pid now is somebody else's
+	}
 	h.gone = untilGone(h.id.Pid, h.id.Start)
 	return h, nil
 }
@@ -176,7 +181,9 @@ func (h *Handle) leftovers(seq int64, fn func(Entry) error) error {
 		}
 	}
 	err = ErrDied
-	if h.exit != nil && *h.exit != "" {
+	if h.silent.Load() {
+		err = fmt.Errorf("%w: %w", err, errSilent)
+	} else if h.exit != nil && *h.exit != "" {
 		err = fmt.Errorf("%w: %s", err, *h.exit)
 	}
 	// A runner that could not even set its reserve aside has no place for a last word.

@@ -2,6 +2,7 @@ package runner
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -17,6 +18,18 @@ const (
 	stopPatience = Grace + 15*time.Second
 	killPatience = 5 * time.Second
 )
+
+// A runner answers from memory, at once. One that has not for several asks in a row, each with time enough of its own, is
+// stopped by a signal or hangs, and its party with it. Asks are counted, not seconds: a machine that slept, or a starter
+// that was itself stopped, has had no answers for a long time either.
+const (
+	lookEvery    = 5 * time.Second // between two asks
+	lookPatience = 4 * time.Second // for the answer
+	looksMissed  = 6               // in a row: about half a minute in all; a runner that begins or ends has no socket for a few seconds
+)
+
+// errSilent says that a runner was there, and did not answer.
+var errSilent = errors.New("it has not answered for half a minute, as a process that is stopped (SIGSTOP) or hangs")
 
 // Want is what a starter wants of a runner. It may be set at any time, from any goroutine.
 type Want struct{ cell *cell }
@@ -44,6 +57,7 @@ func (h *Handle) Keep(ctx context.Context, seq int64, mark string, want *Want, f
 	over, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { h.push(over, want) })
+	wg.Go(func() { h.look(over) })
 	err := h.Watch(ctx, seq, fn)
 	if ctx.Err() == nil {
 		select {
@@ -60,6 +74,32 @@ func (h *Handle) Keep(ctx context.Context, seq int64, mark string, want *Want, f
 	wg.Wait()
 	h.Release()
 	return err
+}
+
+// look ends a runner that does not answer any more.
+func (h *Handle) look(ctx context.Context) {
+	tick := time.NewTicker(lookEvery)
+	defer tick.Stop()
+	for missed := 0; missed < looksMissed; {
+		select {
+		case <-tick.C:
+		case <-h.gone:
+			return
+		case <-ctx.Done():
+			return
+		}
+		call, cancel := context.WithTimeout(ctx, lookPatience)
+		err := h.SetDesired(call, pb.Desired_DESIRED_UNSPECIFIED, 0) // changes nothing: nobody can want less
+		cancel()
+		if missed++; err == nil {
+			missed = 0
+		}
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	h.silent.Store(true)
+	h.Kill()
 }
 
 // push tells the runner what is wanted until it has heard, and ends it if it does not do it.

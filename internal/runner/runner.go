@@ -81,7 +81,7 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(dir, runnerFile), identity{os.Getpid(), start}); err != nil {
+	if err := writeFile(filepath.Join(dir, runnerFile), identity{os.Getpid(), start, proc.BootID()}); err != nil {
 		return err
 	}
 	j, err := openJournal(dir, spec.Job, spec.Party)
@@ -114,6 +114,10 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	stopped := make(chan struct{})
 	g.Go(func() error {
 		r.obey(leash, stopped)
+		return nil
+	})
+	g.Go(func() error {
+		r.endSuspended(work)
 		return nil
 	})
 	cause := r.party(work)

@@ -82,7 +82,8 @@ func readSpec(dir string) (Spec, error) {
 // identity says which process the runner is: a pid alone may be somebody else's by now.
 type identity struct {
 	Pid   int    `json:"pid"`
-	Start uint64 `json:"start"` // see proc.StartTime
+	Start uint64 `json:"start"`          // see proc.StartTime
+	Boot  string `json:"boot,omitempty"` // see proc.BootID; a start time counts from there
 }
 
 // writeFile replaces a file as a whole, durably.
