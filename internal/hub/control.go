@@ -94,6 +94,8 @@ func (c *control) run(ctx context.Context) {
 	for {
 		over, next, err := c.step(ctx, &wg)
 		if over {
+			wg.Wait()
+			c.hub.sweep(c.id)
 			return
 		}
 		if err != nil {
@@ -187,6 +189,12 @@ func (c *control) step(ctx context.Context, wg *sync.WaitGroup) (over bool, next
 		}
 		err = c.active(ctx, j, ps, &due)
 	case job.Stopping:
+		// A hub that was started again finds the runner that an earlier one has left, and hears how its party ends.
+		if c.runner == nil && !hubParty(ps).State.Terminal() && runner.Begun(c.hub.partyDir(c.id)) {
+			if err := c.startHub(ctx, wg, j, hubParty(ps)); err != nil {
+				return false, 0, err
+			}
+		}
 		err = c.stopping(ctx, j, ps, &due)
 	}
 	return false, due.next, err
@@ -649,7 +657,7 @@ func (c *control) settle(ctx context.Context, j job.Job, p job.Party, now time.T
 // startHub starts the hub's runner of the job, or finds the one that an earlier hub started.
 func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job, hub job.Party) error {
 	dir := c.hub.partyDir(c.id)
-	mark := c.hub.conf.Mark + "-" + string(c.id) + "-" + job.HubParty
+	mark := c.hub.mark(c.id)
 	attempt, want := hub.Attempt, c.want
 	if err := runner.Renew(dir, attempt, mark); err != nil {
 		return diskProblem(fmt.Errorf("clear the hub's part of the attempt before: %w", err))

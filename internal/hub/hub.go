@@ -199,6 +199,7 @@ func (h *Hub) control(ctx context.Context) error {
 	defer cancel()
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	wg.Go(func() { h.sweepAll(ctx) })
 	for {
 		js, err := h.unfinished(ctx)
 		if err != nil && ctx.Err() == nil {

@@ -193,6 +193,29 @@ func KillMarked(mark string) (n int, err error) {
 	})
 }
 
+// KillCommand kills every process of this user that was started with just these arguments after its program's name, waits
+// until they are gone, and gives their number. The calling process is spared.
+func KillCommand(args ...string) (n int, err error) {
+	if len(args) == 0 {
+		return 0, problem.New(problem.Internal, "please report this", "KillCommand needs arguments")
+	}
+	want := "\x00" + strings.Join(args, "\x00") + "\x00"
+	return killAll("the processes called with "+strings.Join(args, " "), func() ([]stat, error) {
+		all, err := processes()
+		var found []stat
+		for _, s := range all {
+			if s.dead() || !ownUser(s.pid) {
+				continue
+			}
+			line := string(readSome(s.pid, "cmdline"))
+			if i := strings.IndexByte(line, 0); i >= 0 && line[i:] == want {
+				found = append(found, s)
+			}
+		}
+		return found, err
+	})
+}
+
 // ownUser tells whether the process runs as our user: root can read every environment, but what
 // another user's process calls itself is no reason to kill it.
 func ownUser(pid int) bool {

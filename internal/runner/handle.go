@@ -37,8 +37,14 @@ type Handle struct {
 }
 
 // Start writes spec into dir and starts a runner for it: the program's own executable with "runner". The runner is a
-// session of its own, so that it gets no signal of the starter's terminal and outlives the starter.
+// session of its own, so that it gets no signal of the starter's terminal and outlives the starter. Another one that an
+// earlier starter has begun there, and that Attach did not find since it had not said yet who it is, is ended first.
 func Start(dir string, spec Spec) (h *Handle, err error) {
+	if _, err := os.Stat(filepath.Join(dir, specFile)); err == nil {
+		if err := forsake(dir, spec.Mark); err != nil {
+			return nil, err
+		}
+	}
 	if spec.Tmp == "" {
 		// Not below dir: the paths of the sockets that Python makes there may have 107 bytes.
 		if spec.Tmp, err = os.MkdirTemp("", "pergola-"); err != nil {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/proc"
 )
 
 // Renew makes room in a party's directory for the given attempt: a runner that an older attempt has left is ended, with all
@@ -23,8 +24,26 @@ func Renew(dir string, attempt int, mark string) error {
 	if err != nil {
 		return err
 	}
+	return Sweep(dir, mark)
+}
+
+// Begun tells whether a runner was started in dir, by whomever, and has said who it is.
+func Begun(dir string) bool {
+	_, err := os.Stat(filepath.Join(dir, runnerFile))
+	return err == nil
+}
+
+// Sweep ends what there may be of a party whose work is over or not wanted any more: its runner, all of its programs and
+// their temporary files; of its directory only the runner's log stays. The mark is the party's.
+func Sweep(dir, mark string) error {
+	if _, err := os.Stat(filepath.Join(dir, specFile)); errors.Is(err, fs.ErrNotExist) {
+		return nil // swept, or never used
+	}
 	switch h, err := Attach(dir); {
 	case errors.Is(err, fs.ErrNotExist): // it was never started, or never came to say who it is
+		if err := forsake(dir, mark); err != nil {
+			return err
+		}
 	case err != nil:
 		return err
 	default:
@@ -33,7 +52,7 @@ func Renew(dir string, attempt int, mark string) error {
 		select {
 		case <-h.Gone():
 		case <-time.After(killPatience): // killed, and the kernel cannot end it: a disk that hangs
-			return errors.New("the runner of the attempt before does not end")
+			return errors.New("the party's earlier runner does not end")
 		}
 		if err := h.Clean(mark); err != nil {
 			return err
@@ -47,6 +66,18 @@ func Renew(dir string, attempt int, mark string) error {
 		if e.Name() != outputFile {
 			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, e.Name())))
 		}
+	}
+	return err
+}
+
+// forsake ends a runner whose starter ended before anybody noted which process it is, and removes its temporary files.
+func forsake(dir, mark string) error {
+	if _, err := proc.KillCommand("runner", "--dir", dir); err != nil {
+		return err
+	}
+	_, err := proc.KillMarked(mark)
+	if tmp := TempDir(dir); tmp != "" {
+		err = errors.Join(err, os.RemoveAll(tmp))
 	}
 	return err
 }

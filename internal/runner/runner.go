@@ -185,10 +185,13 @@ func (r *runner) party(ctx context.Context) *problem.Error {
 		}
 	}
 	if c := context.Cause(ctx); c != nil {
-		// The reason for which the work was cut short comes before what that broke. A wish or a signal is none.
+		// The reason for which the work was cut short comes before what that broke. A wish is none.
 		err = nil
-		if p, ok := errors.AsType[*problem.Error](c); ok {
+		switch p, ok := errors.AsType[*problem.Error](c); {
+		case ok:
 			err = p
+		case !errors.Is(c, errStop) && !errors.Is(c, errKill):
+			err = r.signalled(c)
 		}
 	}
 	if err == nil {
@@ -199,6 +202,15 @@ func (r *runner) party(ctx context.Context) *problem.Error {
 		p.Party = r.spec.Party
 	}
 	return &p
+}
+
+// signalled is the problem of a runner that was asked to end by a signal, and not by its starter.
+func (r *runner) signalled(cause error) *problem.Error {
+	code, who := problem.SiteRunnerDied, "the runner at "+r.spec.Party
+	if r.spec.IsHub() {
+		code, who = problem.HubRunnerDied, "the hub's runner of the job"
+	}
+	return problem.Wrap(cause, code, "submit the job again; find out who ended it, if the machine was not shut down", "%s was ended from outside before the job was over", who)
 }
 
 // last writes the final entry.

@@ -39,6 +39,15 @@ func TempDir(dir string) string {
 	return s.Tmp
 }
 
+// AttemptIn gives the attempt of the party that was started in dir; 0 if nothing was.
+func AttemptIn(dir string) int {
+	s, err := readSpec(dir)
+	if err != nil {
+		return 0
+	}
+	return s.Attempt
+}
+
 // Spec is what a starter hands to a runner. Paths are absolute.
 type Spec struct {
 	Job   job.ID   `json:"job"`

@@ -45,6 +45,8 @@ func newPart(a *Agent, id job.ID, w *pb.DesiredParty) *part {
 	return &part{agent: a, id: id, first: w, want: runner.NewWant(), log: a.log.With("job", id), gone: make(chan struct{}), ended: make(chan struct{})}
 }
 
+func (p *part) partyDir() string { return filepath.Join(p.agent.jobDir(p.id), "party") }
+
 func (p *part) attempt() int { return int(p.first.GetAttempt()) }
 
 func (p *part) set(d pb.Desired) { p.want.Set(d, 0) }
@@ -66,7 +68,8 @@ func (p *part) run(ctx context.Context) {
 			return
 		}
 	}
-	if p.first.GetDesired() == pb.Desired_DESIRED_UP {
+	// An agent that was started again may find a runner of a job that is to end.
+	if p.first.GetDesired() == pb.Desired_DESIRED_UP || runner.Begun(p.partyDir()) {
 		if err := p.do(ctx); err != nil && ctx.Err() == nil {
 			p.log.Error("the part in the job failed", "err", err)
 			cause := *problem.From(err)
@@ -79,12 +82,20 @@ func (p *part) run(ctx context.Context) {
 	}
 	select {
 	case <-p.gone:
-		p.keepLog()
-		// The hub has all of the programs' logs; what the app wrote stays only where the site's own settings say so.
-		if err := os.RemoveAll(p.agent.jobDir(p.id)); err != nil {
-			p.log.Error("could not remove the job's folder", "err", err)
-		}
+		p.clear()
 	case <-ctx.Done():
+	}
+}
+
+// clear removes the part's folder. The hub has all of the programs' logs; what the app wrote stays only where the site's own
+// settings say so.
+func (p *part) clear() {
+	if err := runner.Sweep(p.partyDir(), p.agent.mark(p.id)); err != nil {
+		p.log.Error("what is left of the job's runner could not be ended", "err", err)
+	}
+	p.keepLog()
+	if err := os.RemoveAll(p.agent.jobDir(p.id)); err != nil {
+		p.log.Error("could not remove the job's folder", "err", err)
 	}
 }
 
@@ -104,7 +115,7 @@ func (p *part) keepLog() {
 		if n := p.attempt(); n > 0 {
 			name += fmt.Sprintf("-%d", n+1)
 		}
-		err = os.Rename(runner.OutputFile(filepath.Join(p.agent.jobDir(p.id), "party")), filepath.Join(dir, name+".log"))
+		err = os.Rename(runner.OutputFile(p.partyDir()), filepath.Join(dir, name+".log"))
 	}
 	if err != nil {
 		if !errors.Is(err, os.ErrNotExist) { // there was no runner
@@ -133,7 +144,7 @@ func (p *part) entry(c job.PartyStateChange) runner.Entry {
 // do starts the runner, or finds it, and follows it to its end.
 func (p *part) do(ctx context.Context) error {
 	a := p.agent
-	dir := filepath.Join(a.jobDir(p.id), "party")
+	dir := p.partyDir()
 	logDir := filepath.Join(a.jobDir(p.id), "logs")
 	if err := os.MkdirAll(logDir, 0o700); err != nil {
 		return p.disk(err)

@@ -55,6 +55,7 @@ type Agent struct {
 	mu    sync.Mutex // guards the rest
 	parts map[job.ID]*part
 	last  map[job.ID]*part // those that were forgotten and have not ended yet
+	swept bool             // what jobs that ended while no agent ran have left is being taken away
 }
 
 // Open reads dir/site.toml and the site's key pair (site.crt, site.key, ca.crt).
@@ -228,6 +229,10 @@ func (a *Agent) reconcile(ctx context.Context, wg *sync.WaitGroup, want []*pb.De
 		if !wanted[id] {
 			a.forgetLocked(p)
 		}
+	}
+	if !a.swept {
+		a.swept = true
+		a.sweepLocked(wg)
 	}
 }
 
