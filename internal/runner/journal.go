@@ -157,6 +157,13 @@ func readJournal(dir string) ([]Entry, error) {
 	return parseJournal(f)
 }
 
+// ParseEntry reads one line of a journal.
+func ParseEntry(line []byte) (Entry, error) {
+	var e Entry
+	err := json.Unmarshal(line, &e)
+	return e, err
+}
+
 func parseJournal(r io.Reader) ([]Entry, error) {
 	var out []Entry
 	br := bufio.NewReader(r)

@@ -67,8 +67,12 @@ type fleetOf struct {
 	hub    *daemon
 	sites  []*daemon
 	client *api.Client
+	addr   string // of the hub
 	mark   string
-	jobs   []job.ID
+	auth   *pki.Authority
+
+	mu   sync.Mutex // guards jobs
+	jobs []job.ID
 }
 
 func daemons(t *testing.T, names ...string) *fleetOf {
@@ -79,7 +83,7 @@ func daemons(t *testing.T, names ...string) *fleetOf {
 	}
 	root := t.TempDir()
 	addr := freeAddress(t)
-	f := &fleetOf{mark: "restart"}
+	f := &fleetOf{mark: "restart", auth: auth}
 	keys := func(dir, name string, id pki.Identity) {
 		t.Helper()
 		pair, err := auth.NewKeypair(id, nil, time.Hour)
@@ -111,15 +115,8 @@ func daemons(t *testing.T, names ...string) *fleetOf {
 		write(filepath.Join(s.dir, site.ConfigFile), site.Config{Name: n, Hub: addr, Mark: f.mark})
 		f.sites = append(f.sites, s)
 	}
-	pair, err := auth.NewKeypair(pki.Identity{Kind: pki.KindUser, Name: "anna"}, nil, time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := pair.Certificate()
-	if err != nil {
-		t.Fatal(err)
-	}
-	f.client = api.NewClient(addr, pki.ClientTLS(cert, auth.Roots(), pki.HubName))
+	f.addr = addr
+	f.client = f.clientAs(t, pki.Identity{Kind: pki.KindUser, Name: "anna"})
 	t.Cleanup(func() {
 		for _, s := range append(f.sites, f.hub) {
 			s.kill()
@@ -136,6 +133,20 @@ func daemons(t *testing.T, names ...string) *fleetOf {
 		}
 	})
 	return f
+}
+
+// clientAs gives a client of the hub's that is whoever it says.
+func (f *fleetOf) clientAs(t *testing.T, id pki.Identity) *api.Client {
+	t.Helper()
+	pair, err := f.auth.NewKeypair(id, nil, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := pair.Certificate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return api.NewClient(f.addr, pki.ClientTLS(cert, f.auth.Roots(), pki.HubName))
 }
 
 // submit packs an app as `pergola run` does, and submits it.
@@ -191,6 +202,8 @@ func (f *fleetOf) submit(t *testing.T, app string, spec job.Spec) job.ID {
 		t.Fatal(err)
 	}
 	id := job.ID(res.GetJob().GetId())
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	f.jobs = append(f.jobs, id)
 	return id
 }
@@ -274,41 +287,47 @@ func TestHubAndAgentAreKilled(t *testing.T) {
 			if last != job.Succeeded {
 				t.Errorf("the job %s", last)
 			}
-			values := map[string]float64{}
-			for _, e := range got {
-				switch e.Kind {
-				case job.KindMetrics:
-					var m job.Metrics
-					if err := e.Decode(&m); err != nil {
-						t.Fatal(err)
-					}
-					for k, v := range m.Values {
-						values[fmt.Sprintf("%d %s %s", m.Round, m.Phase, k)] = v
-					}
-				case job.KindClientFailure:
-					t.Errorf("a client failed: %+v", e)
-				}
-			}
-			want := map[string]float64{}
-			for _, r := range tinyRoundsOf(rounds) {
-				for phase, vs := range r.Phases {
-					for k, v := range vs {
-						want[fmt.Sprintf("%d %s %s", r.Round, phase, k)] = v
-					}
-				}
-			}
-			for k, w := range want {
-				if v, ok := values[k]; !ok || v-w > 1e-6 || w-v > 1e-6 {
-					t.Errorf("%s is %v, want %v", k, v, w)
-				}
-			}
-			if len(values) != len(want) {
-				t.Errorf("got %v, want %v", values, want)
-			}
+			checkNumbers(t, got, rounds)
 			if !strings.Contains(f.hub.text(), hub.ListeningPrefix) {
 				t.Error("the hub never said where it listens")
 			}
 		})
+	}
+}
+
+// checkNumbers checks that a job has the numbers that the app tiny has in so many undisturbed rounds, and no failure.
+func checkNumbers(t *testing.T, events []job.Event, rounds int) {
+	t.Helper()
+	values := map[string]float64{}
+	for _, e := range events {
+		switch e.Kind {
+		case job.KindMetrics:
+			var m job.Metrics
+			if err := e.Decode(&m); err != nil {
+				t.Fatal(err)
+			}
+			for k, v := range m.Values {
+				values[fmt.Sprintf("%d %s %s", m.Round, m.Phase, k)] = v
+			}
+		case job.KindClientFailure:
+			t.Errorf("a client failed: %+v", e)
+		}
+	}
+	want := map[string]float64{}
+	for _, r := range tinyRoundsOf(rounds) {
+		for phase, vs := range r.Phases {
+			for k, v := range vs {
+				want[fmt.Sprintf("%d %s %s", r.Round, phase, k)] = v
+			}
+		}
+	}
+	for k, w := range want {
+		if v, ok := values[k]; !ok || v-w > 1e-6 || w-v > 1e-6 {
+			t.Errorf("%s is %v, want %v", k, v, w)
+		}
+	}
+	if len(values) != len(want) {
+		t.Errorf("got %v, want %v", values, want)
 	}
 }
 

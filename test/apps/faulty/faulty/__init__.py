@@ -1,0 +1,1 @@
+"""Its clients do what an app should not."""

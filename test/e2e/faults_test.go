@@ -1,0 +1,909 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/pergolafl/pergola/internal/api"
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/runner"
+)
+
+// With -faults the whole table runs; otherwise only its rows that are marked fast.
+var allFaults = flag.Bool("faults", false, "run every row of the table of faults")
+
+// A fault is a row of the table: what happens to a job of a hub and two sites that run for years, and how the job has to end.
+// What holds for every row is checked by victim.end: the end comes in time, and nothing is left of the job anywhere.
+type fault struct {
+	name string // a sentence
+	app  string // "" = slow
+	flwr string // "" = oldFlwr
+	spec job.Spec
+	exit string // program:what, of a program that does something by itself; see testdata/fault
+	act  func(v *victim)
+
+	state job.State // "" = failed
+	code  problem.Code
+	party string
+	says  []string      // in the cause's message
+	warns []string      // in some warning
+	limit time.Duration // from the event to the end; 0 = endLimit
+	sites []string      // those that run from the start; nil = both
+
+	fast bool // it is in every run of the tests
+	own  bool // its hub and sites serve no other row: they are hurt themselves
+	more func(v *victim)
+}
+
+var bothSites = []string{"site-1", "site-2"}
+
+// Settings of jobs.
+var (
+	long     = job.Spec{RunConfig: []string{"sleep=90"}} // surely in its first round when something happens to it
+	short    = job.Spec{RunConfig: []string{"sleep=4"}}  // ends by itself, with the numbers of two rounds
+	watchful = job.Spec{RunConfig: []string{"sleep=90"}, NoProgress: job.Duration(20 * time.Second)}
+	nervous  = job.Spec{RunConfig: []string{"sleep=90"}, OutageTolerance: job.Duration(15 * time.Second)}
+	patient  = job.Spec{RunConfig: []string{"sleep=15"}} // ends by itself after an outage in its first round
+)
+
+const (
+	linkProgram = "flower-superlink"
+	appProgram  = "flower-server-app"
+	nodeProgram = "flower-supernode"
+)
+
+var faults = []fault{
+	// Flower's programs, each killed, stopped, hanging, and ending by itself.
+	{
+		name: "the superlink is killed", spec: long, act: struck(job.HubParty, linkProgram, syscall.SIGKILL),
+		code: problem.ProgramFailed, party: "hub", says: []string{linkProgram, "killed"}, fast: true,
+	},
+	{
+		name: "the superlink is stopped", spec: long, act: struck(job.HubParty, linkProgram, syscall.SIGSTOP),
+		code: problem.ProgramFailed, party: "hub", says: []string{linkProgram}, warns: []string{"SIGSTOP"},
+	},
+	{
+		name: "the superlink hangs", spec: watchful, exit: linkProgram + ":hang", act: triggered,
+		code: problem.NoProgress, says: []string{"20s"}, limit: 80 * time.Second,
+	},
+	{
+		name: "the superlink exits with 0", spec: long, exit: linkProgram + ":0", act: triggered,
+		code: problem.ProgramFailed, party: "hub", says: []string{linkProgram, "unexpectedly"}, fast: true,
+	},
+	{
+		name: "the superlink exits with 3", spec: long, exit: linkProgram + ":3", act: triggered,
+		code: problem.ProgramFailed, party: "hub", says: []string{linkProgram, "exit code 3"},
+	},
+	{
+		name: "the server app is killed", spec: long, act: struck(job.HubParty, appProgram, syscall.SIGKILL),
+		code: problem.ProgramFailed, party: "hub", says: []string{"server app", "killed"},
+	},
+	{
+		name: "the server app is stopped", spec: long, act: struck(job.HubParty, appProgram, syscall.SIGSTOP),
+		code: problem.ProgramFailed, party: "hub", says: []string{"server app"}, warns: []string{"SIGSTOP"},
+	},
+	{
+		name: "the server app hangs", spec: watchful, exit: appProgram + ":hang", act: triggered,
+		code: problem.NoProgress, says: []string{"20s"}, limit: 80 * time.Second,
+	},
+	{
+		// As in the reference system: the server app says when the run is over.
+		name: "the server app exits with 0", spec: long, exit: appProgram + ":0", act: triggered, state: job.Succeeded,
+	},
+	{
+		name: "the server app exits with 3", spec: long, exit: appProgram + ":3", act: triggered,
+		code: problem.AppError, party: "hub", says: []string{"exit code 3"},
+	},
+	{
+		name: "a supernode is killed", spec: long, act: struck("site-1", nodeProgram, syscall.SIGKILL),
+		code: problem.ProgramFailed, party: "site-1", says: []string{nodeProgram, "killed"},
+	},
+	{
+		name: "a supernode is stopped", spec: long, act: struck("site-1", nodeProgram, syscall.SIGSTOP),
+		code: problem.ProgramFailed, party: "site-1", says: []string{nodeProgram}, warns: []string{"SIGSTOP"}, fast: true,
+	},
+	{
+		name: "a supernode is stopped for a while and goes on", spec: patient, act: func(v *victim) {
+			v.round(1)
+			pid := v.process("site-1", nodeProgram)
+			v.signal(pid, syscall.SIGSTOP)
+			time.Sleep(10 * time.Second) // that is the fault
+			v.signal(pid, syscall.SIGCONT)
+		}, state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "a supernode hangs", spec: watchful, exit: nodeProgram + ":hang", act: triggered,
+		code: problem.NoProgress, says: []string{"20s"}, limit: 80 * time.Second,
+	},
+	{
+		name: "a supernode exits with 0", spec: long, exit: nodeProgram + ":0", act: triggered,
+		code: problem.ProgramFailed, party: "site-1", says: []string{"by itself"},
+	},
+	{
+		name: "a supernode exits with 3", spec: long, exit: nodeProgram + ":3", act: triggered,
+		code: problem.ProgramFailed, party: "site-1", says: []string{nodeProgram, "exit code 3"},
+	},
+
+	// The runners.
+	{
+		name: "the hub's runner is killed", spec: long, act: runnerOf(job.HubParty, syscall.SIGKILL),
+		code: problem.HubRunnerDied, party: "hub", fast: true,
+	},
+	{
+		name: "the hub's runner hangs", spec: long, act: runnerOf(job.HubParty, syscall.SIGSTOP),
+		code: problem.HubRunnerDied, party: "hub",
+	},
+	{
+		name: "the hub's runner is told to end", spec: long, act: runnerOf(job.HubParty, syscall.SIGTERM),
+		code: problem.HubRunnerDied, party: "hub", says: []string{"from outside"},
+	},
+	{
+		name: "the hub's runner crashes", spec: long, act: runnerOf(job.HubParty, syscall.SIGQUIT), // Go's programs exit with 2
+		code: problem.HubRunnerDied, party: "hub",
+	},
+	{
+		name: "a site's runner is killed", spec: long, act: runnerOf("site-2", syscall.SIGKILL),
+		code: problem.SiteRunnerDied, party: "site-2",
+	},
+	{
+		name: "a site's runner hangs", spec: long, act: runnerOf("site-2", syscall.SIGSTOP),
+		code: problem.SiteRunnerDied, party: "site-2", fast: true,
+	},
+	{
+		name: "a site's runner is told to end", spec: long, act: runnerOf("site-2", syscall.SIGTERM),
+		code: problem.SiteRunnerDied, party: "site-2", says: []string{"from outside"},
+	},
+	{
+		name: "a site's runner crashes", spec: long, act: runnerOf("site-2", syscall.SIGQUIT),
+		code: problem.SiteRunnerDied, party: "site-2",
+	},
+
+	// The hub and an agent: they are started again, and the job goes on.
+	{
+		name: "the hub is killed and started again", spec: patient, act: again((*victim).hub, syscall.SIGKILL), own: true,
+		state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "the hub is stopped for a while", spec: patient, act: paused((*victim).hub), own: true,
+		state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "the hub ends in order and is started again", spec: patient, act: again((*victim).hub, syscall.SIGTERM), own: true,
+		state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "the hub crashes and is started again", spec: patient, act: again((*victim).hub, syscall.SIGQUIT), own: true,
+		state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "an agent is killed and started again", spec: patient, act: again((*victim).agent, syscall.SIGKILL), own: true,
+		state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "an agent is stopped for a while", spec: patient, act: paused((*victim).agent), own: true,
+		state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "an agent ends in order and is started again", spec: patient, act: again((*victim).agent, syscall.SIGTERM), own: true,
+		state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "an agent crashes and is started again", spec: patient, act: again((*victim).agent, syscall.SIGQUIT), own: true,
+		state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "an agent hangs for ever", spec: nervous, own: true, act: func(v *victim) {
+			v.round(1)
+			v.signal(v.agent().cmd.Process.Pid, syscall.SIGSTOP)
+		}, code: problem.SiteLost, party: "site-1", says: []string{"15s"},
+		more: func(v *victim) { v.signal(v.agent().cmd.Process.Pid, syscall.SIGCONT) }, // and takes away what it has left
+	},
+	{
+		name: "an agent is killed and its job ends before it is started again", spec: nervous, own: true, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+			v.agent().kill()
+		}, code: problem.SiteLost, party: "site-1", more: func(v *victim) { v.agent().start() },
+	},
+
+	// Whole machines.
+	{
+		name: "a site leaves for ever", spec: nervous, own: true, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+			v.agent().kill()
+			v.killParty("site-1")
+		}, code: problem.SiteLost, party: "site-1", more: func(v *victim) { v.agent().start() }, // its disk is still there
+	},
+	{
+		name: "a site joins late", spec: short, own: true, sites: []string{"site-1"}, act: func(v *victim) {
+			v.reason("site-2")
+			v.strike()
+			v.f.sites[1].start()
+		}, state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "the power fails everywhere", spec: long, own: true, fast: true, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+			v.powerCut()
+		}, code: problem.HubRunnerDied, party: "hub",
+	},
+
+	// Ends that are asked for.
+	{
+		name: "the hub is killed while the job is stopping", app: "faulty", spec: job.Spec{RunConfig: []string{`fault="ignore-term"`}}, own: true, fast: true, act: func(v *victim) {
+			v.round(1)
+			v.said("site-1", "ignores SIGTERM")
+			v.abort()
+			v.f.hub.kill()
+			v.f.hub.start()
+		}, state: job.Aborted, code: problem.AbortedByUser, more: (*victim).everyPartySpoke,
+	},
+	{
+		name: "an agent is killed while the job is stopping", app: "faulty", spec: job.Spec{RunConfig: []string{`fault="ignore-term"`}}, own: true, act: func(v *victim) {
+			v.round(1)
+			v.said("site-1", "ignores SIGTERM")
+			v.abort()
+			v.agent().kill()
+			v.agent().start()
+		}, state: job.Aborted, code: problem.AbortedByUser,
+	},
+	{
+		name: "the app ignores SIGTERM and leaves its process group", app: "faulty", spec: job.Spec{RunConfig: []string{`fault="ignore-term"`}}, act: func(v *victim) {
+			v.round(1)
+			v.said("site-1", "ignores SIGTERM")
+			v.abort()
+		}, state: job.Aborted, code: problem.AbortedByUser, fast: true,
+	},
+
+	// Logs and reports.
+	{
+		name: "a client app prints 100,000 lines a second", app: "faulty", spec: job.Spec{RunConfig: []string{`fault="lines"`, "rate=100000", "seconds=10"}}, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+		}, state: job.Succeeded, limit: 3 * time.Minute, more: allLines(1_000_000),
+	},
+	{
+		name: "a party reports everything twice", spec: short, fast: true, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+			v.replay("site-1")
+		}, state: job.Succeeded, more: onceEach,
+	},
+}
+
+// TestFaults runs the table. Rows whose fault concerns their job alone share a hub and its sites, so that each shows as well
+// that the others are not disturbed.
+func TestFaults(t *testing.T) {
+	t.Parallel()
+	shared := sync.OnceValue(func() *fleetOf {
+		f := daemons(t, bothSites...)
+		f.start()
+		t.Cleanup(func() { f.nothingLeft(t) })
+		return f
+	})
+	shared() // before the rows run, on this test's own goroutine
+	for _, c := range faults {
+		t.Run(c.name, func(t *testing.T) {
+			if !c.fast && !*allFaults {
+				t.Skip("a row of the whole table: run with -faults (make soak)")
+			}
+			t.Parallel()
+			idle <- struct{}{}
+			defer func() { <-idle }()
+			f := shared()
+			if c.own {
+				f = daemons(t, bothSites...)
+				f.hub.start()
+				for i, s := range f.sites {
+					if c.sites == nil || slices.Contains(c.sites, bothSites[i]) {
+						s.start()
+					}
+				}
+			}
+			newVictim(t, f, c).run()
+		})
+	}
+}
+
+func (f *fleetOf) start() {
+	f.hub.start()
+	for _, s := range f.sites {
+		s.start()
+	}
+}
+
+// victim is a row's job.
+type victim struct {
+	*testing.T
+	f       *fleetOf
+	c       fault
+	id      job.ID
+	trigger string // the file that has a program do what fault.exit says
+	struck  time.Time
+
+	mu     sync.Mutex // guards the rest
+	events []job.Event
+	more   chan struct{} // closed and replaced with each event
+	over   *job.Event    // the job's last move
+	at     time.Time     // when it came
+	seen   map[string]string
+}
+
+func newVictim(t *testing.T, f *fleetOf, c fault) *victim {
+	t.Helper()
+	v := &victim{T: t, f: f, c: c, more: make(chan struct{}), seen: map[string]string{}, trigger: filepath.Join(t.TempDir(), "now")}
+	s := c.spec
+	s.Sites, s.Flwr = bothSites, c.flwr
+	if s.Flwr == "" {
+		s.Flwr = oldFlwr
+	}
+	if program, what, ok := strings.Cut(c.exit, ":"); ok {
+		dir, err := filepath.Abs("testdata/fault")
+		if err != nil {
+			t.Fatal(err)
+		}
+		env := map[string]string{"PYTHONPATH": dir, "FAULT_OF": program, "FAULT": what, "FAULT_WHEN": v.trigger}
+		if program == linkProgram || program == appProgram || program == "flwr-serverapp" {
+			s.Server.Env = env
+		} else {
+			s.Site.Named = map[string]job.Site{"site-1": {Env: env}}
+		}
+	}
+	app := c.app
+	if app == "" {
+		app = "slow"
+	}
+	v.id = f.submit(t, app, s)
+	go v.follow(t.Context())
+	return v
+}
+
+// follow takes in the job's events, whatever becomes of the hub meanwhile, until the last one or the test's end.
+func (v *victim) follow(ctx context.Context) {
+	var after int64
+	for ctx.Err() == nil {
+		s, err := v.f.client.Jobs.WatchJob(ctx, &pb.WatchJobRequest{Id: string(v.id), After: after})
+		for err == nil {
+			var m *pb.WatchJobResponse
+			if m, err = s.Receive(); err != nil {
+				break
+			}
+			e, convert := api.FromEvent(m.GetEvent())
+			if convert != nil {
+				v.Error(convert)
+				return
+			}
+			after = e.Seq
+			var to job.JobState
+			last := e.Kind == job.KindJobState && e.Decode(&to) == nil && to.To.Terminal()
+			v.mu.Lock()
+			v.events = append(v.events, e)
+			if last {
+				v.over, v.at = &e, time.Now()
+			}
+			close(v.more)
+			v.more = make(chan struct{})
+			v.mu.Unlock()
+			if last {
+				_ = s.Close() // nothing comes after it
+				return
+			}
+		}
+		select {
+		case <-time.After(100 * time.Millisecond): // the hub is away
+		case <-ctx.Done():
+		}
+	}
+}
+
+// wait gives the first event for which ok is true.
+func (v *victim) wait(what string, ok func(job.Event) bool) job.Event {
+	v.Helper()
+	late := time.After(limit)
+	for n := 0; ; {
+		v.mu.Lock()
+		es, more, over := v.events, v.more, v.over
+		v.mu.Unlock()
+		for ; n < len(es); n++ {
+			if ok(es[n]) {
+				return es[n]
+			}
+		}
+		if over != nil {
+			v.Fatalf("the job was over before there was: %s\n%s", what, v.tail())
+		}
+		select {
+		case <-more:
+		case <-late:
+			v.Fatalf("there never was: %s\n%s", what, v.tail())
+		}
+	}
+}
+
+func (v *victim) tail() string {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	var b strings.Builder
+	for _, e := range v.events[max(0, len(v.events)-25):] {
+		fmt.Fprintf(&b, "%s %s %s %.400s\n", e.At.Format("15:04:05.000"), e.Kind, e.Party, e.Body)
+	}
+	return b.String()
+}
+
+func (v *victim) round(n int) {
+	v.Helper()
+	v.wait(fmt.Sprintf("round %d", n), func(e job.Event) bool {
+		var r job.Round
+		return e.Kind == job.KindRound && e.Decode(&r) == nil && r.Round == n
+	})
+	v.look()
+}
+
+// said waits until a party's client app has printed something.
+func (v *victim) said(site, text string) {
+	v.Helper()
+	path := filepath.Join(v.f.hub.dir, "jobs", string(v.id), "logs", site, "client_app_log.txt")
+	v.until(text+" in "+path, time.Minute, func() bool {
+		b, err := os.ReadFile(path)
+		return err == nil && bytes.Contains(b, []byte(text))
+	})
+}
+
+// reason waits until the job waits for something.
+func (v *victim) reason(text string) {
+	v.Helper()
+	v.until("the reason "+text, time.Minute, func() bool { return strings.Contains(v.job().GetReason(), text) })
+}
+
+// until waits for what gives no sign.
+func (v *victim) until(what string, patience time.Duration, ok func() bool) {
+	v.Helper()
+	for deadline := time.Now().Add(patience); !ok(); {
+		if time.Now().After(deadline) {
+			v.Fatalf("there never was: %s\n%s", what, v.tail())
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func (v *victim) job() *pb.Job {
+	v.Helper()
+	res, err := v.f.client.Jobs.GetJob(v.Context(), &pb.GetJobRequest{Id: string(v.id)})
+	if err != nil {
+		v.Fatal(err)
+	}
+	return res.GetJob()
+}
+
+func (v *victim) strike() { v.struck = time.Now() }
+
+func (v *victim) signal(pid int, s syscall.Signal) {
+	v.Helper()
+	v.strike()
+	if err := syscall.Kill(pid, s); err != nil {
+		v.Fatalf("signal %s to %d: %v", s, pid, err)
+	}
+}
+
+func (v *victim) hub() *daemon   { return v.f.hub }
+func (v *victim) agent() *daemon { return v.f.sites[0] }
+
+func (v *victim) dirOf(party string) string {
+	if party == job.HubParty {
+		return v.f.hub.dir
+	}
+	return v.f.sites[slices.Index(bothSites, party)].dir
+}
+
+// processes gives those of the job at a party ("" = all), its runner among them.
+func (v *victim) processes(party string) []process {
+	es, err := os.ReadDir("/proc")
+	if err != nil {
+		v.Fatal(err)
+	}
+	mark := fmt.Sprintf("PERGOLA_MARK=%s-%s-%s", v.f.mark, v.id, party)
+	dir := filepath.Join("jobs", string(v.id))
+	if party != "" {
+		dir = filepath.Join(v.dirOf(party), dir)
+	}
+	var out []process
+	for _, e := range es {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		// Errors: it has gone meanwhile, or belongs to somebody else.
+		env, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "environ"))
+		line, _ := os.ReadFile(filepath.Join("/proc", e.Name(), "cmdline"))
+		ours := bytes.Contains(line, []byte(dir))
+		for kv := range bytes.SplitSeq(env, []byte{0}) {
+			ours = ours || string(kv) == mark || party == "" && strings.HasPrefix(string(kv), mark)
+		}
+		if ours {
+			out = append(out, process{pid, strings.Split(strings.TrimRight(string(line), "\x00"), "\x00")})
+		}
+	}
+	return out
+}
+
+// process gives the pid of a program at a party, named by its file.
+func (v *victim) process(party, name string) int {
+	v.Helper()
+	var pid int
+	v.until(name+" of "+party, time.Minute, func() bool {
+		for _, p := range v.processes(party) {
+			if slices.ContainsFunc(p.args[:min(3, len(p.args))], func(a string) bool { return filepath.Base(a) == name }) {
+				pid = p.pid
+				return true
+			}
+		}
+		return false
+	})
+	return pid
+}
+
+// struck sends a signal to a program in the first round.
+func struck(party, name string, s syscall.Signal) func(*victim) {
+	return func(v *victim) {
+		v.round(1)
+		v.signal(v.process(party, name), s)
+	}
+}
+
+// triggered has a program do in the first round what it is to do.
+func triggered(v *victim) {
+	v.round(1)
+	v.strike()
+	if err := os.WriteFile(v.trigger, nil, 0o600); err != nil {
+		v.Fatal(err)
+	}
+}
+
+func runnerOf(party string, s syscall.Signal) func(*victim) {
+	return func(v *victim) {
+		v.round(1)
+		h, err := runner.Attach(filepath.Join(v.dirOf(party), "jobs", string(v.id), "party"))
+		if err != nil {
+			v.Fatal(err)
+		}
+		defer h.Release()
+		v.signal(h.Pid(), s)
+	}
+}
+
+// again ends a daemon in the first round by a signal and starts another one in its place.
+func again(which func(*victim) *daemon, s syscall.Signal) func(*victim) {
+	return func(v *victim) {
+		v.round(1)
+		d := which(v)
+		v.signal(d.cmd.Process.Pid, s)
+		_ = d.cmd.Wait() // it was made to end
+		d.start()
+	}
+}
+
+// paused stops a daemon for longer than its peers wait for a sign of life.
+func paused(which func(*victim) *daemon) func(*victim) {
+	return func(v *victim) {
+		v.round(1)
+		v.signal(which(v).cmd.Process.Pid, syscall.SIGSTOP)
+		time.Sleep(20 * time.Second) // that is the fault
+		v.signal(which(v).cmd.Process.Pid, syscall.SIGCONT)
+	}
+}
+
+// killParty kills everything of the job at a party, its runner first so that it can note nothing.
+func (v *victim) killParty(party string) {
+	v.Helper()
+	h, err := runner.Attach(filepath.Join(v.dirOf(party), "jobs", string(v.id), "party"))
+	if err != nil {
+		v.Fatal(err)
+	}
+	h.Kill()
+	h.Release()
+	for _, p := range v.processes(party) {
+		_ = syscall.Kill(p.pid, syscall.SIGKILL) // or it is gone with its runner
+	}
+}
+
+// powerCut kills everything everywhere and starts hub and agents as a machine does that has power again.
+func (v *victim) powerCut() {
+	v.Helper()
+	for _, d := range append(slices.Clone(v.f.sites), v.f.hub) {
+		d.kill()
+	}
+	for _, p := range append([]string{job.HubParty}, bothSites...) {
+		v.killParty(p)
+	}
+	v.f.start()
+}
+
+func (v *victim) abort() {
+	v.Helper()
+	v.strike()
+	if _, err := v.f.client.Jobs.AbortJob(v.Context(), &pb.AbortJobRequest{Id: string(v.id)}); err != nil {
+		v.Fatal(err)
+	}
+}
+
+// replay reports all that a site's runner has written down once more, as an agent does that did not get the answers.
+func (v *victim) replay(site string) {
+	v.Helper()
+	var entries []*pb.JournalEntry
+	b, err := os.ReadFile(filepath.Join(v.dirOf(site), "jobs", string(v.id), "party", "journal.jsonl"))
+	if err != nil {
+		v.Fatal(err)
+	}
+	for line := range bytes.Lines(b) {
+		e, err := runner.ParseEntry(line)
+		if err != nil {
+			continue // the line that is being written
+		}
+		p, err := api.Event(e.Event)
+		if err != nil {
+			v.Fatal(err)
+		}
+		entries = append(entries, &pb.JournalEntry{Seq: e.Seq, Event: p})
+	}
+	if len(entries) < 3 {
+		v.Fatalf("the journal has %d entries only", len(entries))
+	}
+	c := v.f.clientAs(v.T, pki.Identity{Kind: pki.KindSite, Name: site})
+	defer c.Close()
+	for range 3 {
+		if _, err := c.Sites.Report(v.Context(), &pb.ReportRequest{JobId: string(v.id), Entries: entries}); err != nil {
+			v.Errorf("a second report is refused: %v", err)
+		}
+	}
+}
+
+// look notes what the job's processes listen on, and their temporary folders.
+func (v *victim) look() {
+	all := listening()
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, p := range v.processes("") {
+		dir := filepath.Join("/proc", strconv.Itoa(p.pid), "fd")
+		fds, err := os.ReadDir(dir)
+		if err != nil {
+			continue // gone
+		}
+		for _, fd := range fds {
+			l, err := os.Readlink(filepath.Join(dir, fd.Name()))
+			if err != nil {
+				continue
+			}
+			inode := strings.TrimSuffix(strings.TrimPrefix(l, "socket:["), "]")
+			if addr, ok := all[inode]; ok {
+				v.seen[inode] = fmt.Sprintf("%s %s", addr, p)
+			}
+		}
+	}
+	for _, party := range append([]string{job.HubParty}, bothSites...) {
+		if tmp := runner.TempDir(filepath.Join(v.dirOf(party), "jobs", string(v.id), "party")); tmp != "" {
+			v.seen[tmp] = tmp
+		}
+	}
+}
+
+// run brings the fault about and checks the end.
+func (v *victim) run() {
+	c := v.c
+	if v.c.act != nil {
+		v.c.act(v)
+	}
+	v.end()
+	var to job.JobState
+	if err := v.over.Decode(&to); err != nil {
+		v.Fatal(err)
+	}
+	want := c.state
+	if want == "" {
+		want = job.Failed
+	}
+	if to.To != want {
+		v.Errorf("the job %s, want %s", to.To, want)
+	}
+	switch {
+	case c.code == "" && to.Cause != nil:
+		v.Errorf("the cause is %+v, want none", *to.Cause)
+	case c.code == "":
+	case to.Cause == nil:
+		v.Errorf("no cause, want %s", c.code)
+	default:
+		if to.Cause.Code != c.code || to.Cause.Party != c.party {
+			v.Errorf("cause %s of %q, want %s of %q", to.Cause.Code, to.Cause.Party, c.code, c.party)
+		}
+		if to.Cause.Msg == "" || to.Cause.Next == "" {
+			v.Errorf("the cause says too little: %+v", *to.Cause)
+		}
+		for _, s := range c.says {
+			if !strings.Contains(to.Cause.Msg, s) {
+				v.Errorf("the cause says %q, without %q", to.Cause.Msg, s)
+			}
+		}
+	}
+	for _, w := range c.warns {
+		if !slices.ContainsFunc(v.events, func(e job.Event) bool {
+			var t job.Text
+			return e.Kind == job.KindWarning && e.Decode(&t) == nil && strings.Contains(t.Message, w)
+		}) {
+			v.Errorf("no warning says %q", w)
+		}
+	}
+	if c.more != nil {
+		c.more(v)
+	}
+	v.nothingLeft()
+	cause := ""
+	if to.Cause != nil {
+		cause = fmt.Sprintf(", %s of %q: %.200s", to.Cause.Code, to.Cause.Party, to.Cause.Msg)
+	}
+	v.Logf("%s%s, %.1f s after the event", to.To, cause, v.at.Sub(v.struck).Seconds())
+	if v.Failed() {
+		v.Log(v.tail())
+	}
+}
+
+// end waits for the job's end, which has to come in time.
+func (v *victim) end() {
+	v.Helper()
+	limit := v.c.limit
+	if limit == 0 {
+		limit = endLimit
+	}
+	late := time.After(limit + time.Minute) // for a test that fails to say what there was
+	for {
+		v.mu.Lock()
+		over, more := v.over, v.more
+		v.mu.Unlock()
+		if over != nil {
+			break
+		}
+		select {
+		case <-more:
+		case <-late:
+			v.Fatalf("the job has not ended %s after the event:\n%s\nits processes:\n%s", limit+time.Minute, v.tail(), list(v.processes("")))
+		}
+	}
+	if took := v.at.Sub(v.struck); took > limit {
+		v.Errorf("the end came %.1f s after the event, want at most %s", took.Seconds(), limit)
+	}
+}
+
+// nothingLeft checks that soon nothing of the job is there any more but what is kept of it at the hub.
+func (v *victim) nothingLeft() {
+	v.Helper()
+	var left []string
+	for deadline := time.Now().Add(30 * time.Second); ; {
+		left = left[:0]
+		for _, p := range v.processes("") {
+			left = append(left, "process "+p.String())
+		}
+		all := listening()
+		for key, what := range v.seen {
+			if _, ok := all[key]; ok {
+				left = append(left, "port "+what)
+			}
+			if filepath.IsAbs(key) {
+				if _, err := os.Stat(key); err == nil {
+					left = append(left, "folder "+key)
+				}
+			}
+		}
+		for _, s := range v.f.sites {
+			if dir := filepath.Join(s.dir, "jobs", string(v.id)); exists(dir) {
+				left = append(left, "folder "+dir)
+			}
+		}
+		for _, name := range []string{"spec.json", "runner.json", "control.sock", "link.sock", "app", "flwr", "reserve"} {
+			if path := filepath.Join(v.f.hub.dir, "jobs", string(v.id), "party", name); exists(path) {
+				left = append(left, "file "+path)
+			}
+		}
+		if len(left) == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			v.Errorf("left behind:\n%s", strings.Join(left, "\n"))
+			return
+		}
+		time.Sleep(100 * time.Millisecond) // what goes gives no sign
+	}
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// nothingLeft checks that no temporary file of any job is there.
+func (f *fleetOf) nothingLeft(t *testing.T) {
+	t.Helper()
+	if err := filepath.WalkDir(f.hub.tmp, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && strings.HasPrefix(d.Name(), "pergola-") && d.IsDir() {
+			t.Errorf("left behind: %s", path)
+			return fs.SkipDir
+		}
+		return err
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
+// sameNumbers checks that the job has the numbers of an undisturbed one.
+func sameNumbers(v *victim) {
+	checkNumbers(v.T, v.events, 2)
+}
+
+// onceEach checks that no event is there twice.
+func onceEach(v *victim) {
+	sameNumbers(v)
+	n := map[string]int{}
+	for _, e := range v.events {
+		if e.Party == "site-1" {
+			n[fmt.Sprintf("%s %d %s", e.Kind, e.At.UnixNano(), e.Body)]++
+		}
+	}
+	for what, n := range n {
+		if n > 1 {
+			v.Errorf("%d times: %s", n, what)
+		}
+	}
+}
+
+// everyPartySpoke checks that each party's end is its own word, not an assumption of the hub's.
+func (v *victim) everyPartySpoke() {
+	for _, p := range v.job().GetParties() {
+		if p.GetState() != string(job.PartyDone) || strings.Contains(p.GetReason(), "ended with the job") {
+			v.Errorf("%s is %s: %q", p.GetName(), p.GetState(), p.GetReason())
+		}
+	}
+}
+
+// allLines checks that the hub has every line that the client app of each site has printed, in order.
+func allLines(n int) func(*victim) {
+	return func(v *victim) {
+		for _, site := range bothSites {
+			b, err := os.ReadFile(filepath.Join(v.f.hub.dir, "jobs", string(v.id), "logs", site, "client_app_log.txt"))
+			if err != nil {
+				v.Error(err)
+				continue
+			}
+			next := map[int]int{1: 0, 2: 0}
+			for line := range bytes.Lines(b) {
+				var round, at int
+				if i := bytes.Index(line, []byte("line ")); i < 0 {
+					continue
+				} else if _, err := fmt.Sscanf(string(line[i:]), "line %d %d", &round, &at); err != nil {
+					continue
+				}
+				if next[round] != at {
+					v.Errorf("%s, round %d: line %d comes where %d should be", site, round, at, next[round])
+					break
+				}
+				next[round]++
+			}
+			if next[1] != n {
+				v.Errorf("%s: %d lines of round 1, want %d", site, next[1], n)
+			}
+		}
+	}
+}
