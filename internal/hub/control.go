@@ -21,6 +21,7 @@ import (
 // 15 s later; together with what a site's loss takes to be noticed that stays below a minute.
 const (
 	stopPatience  = runner.Grace + 25*time.Second
+	backPatience  = 10 * time.Second // for an agent that is away: after an outage it looks for the hub every 5 s
 	leavePatience = 10 * time.Second // for the sites to take their leave after a good run, before the superlink goes
 )
 
@@ -603,12 +604,17 @@ func (c *control) stopping(ctx context.Context, j job.Job, ps []job.Party, due *
 		if p.State.Terminal() {
 			continue
 		}
-		if _, ok := c.hub.away(p.Name); !ok && p.Name != job.HubParty {
-			// Nobody is there to say so: what its runner has left is ended when its agent comes back.
-			if err := c.settle(ctx, j, p, due.now); err != nil {
-				return err
+		if since, ok := c.hub.away(p.Name); !ok && p.Name != job.HubParty {
+			if since.IsZero() {
+				since = c.hub.opened // its agent has not come back to a hub that was started again
 			}
-			continue
+			// Nobody is there to say so: what its runner has left is ended when its agent comes back.
+			if p.State == job.PartyAbsent || due.passed(since, backPatience) {
+				if err := c.settle(ctx, j, p, due.now); err != nil {
+					return err
+				}
+				continue
+			}
 		}
 		if p.Name == job.HubParty && c.runner == nil {
 			// No runner of this hub's: it was never started, or has died.
@@ -694,7 +700,7 @@ func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job, h
 		if err == nil || ctx.Err() != nil {
 			return
 		}
-		cause := problem.Wrap(err, problem.HubRunnerDied, "submit the job again", "the hub's runner of the job ended unexpectedly")
+		cause := problem.Wrap(err, problem.HubRunnerDied, "submit the job again", "the hub's runner of the job %s", runner.HowDied(err))
 		if full := diskProblem(err); problem.CodeOf(full) == problem.DiskFull {
 			cause = problem.From(full)
 		}

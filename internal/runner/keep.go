@@ -29,7 +29,15 @@ const (
 )
 
 // errSilent says that a runner was there, and did not answer.
-var errSilent = errors.New("it has not answered for half a minute, as a process that is stopped (SIGSTOP) or hangs")
+var errSilent = errors.New("it did not answer for half a minute")
+
+// HowDied says how a runner ended of which Keep gives err.
+func HowDied(err error) string {
+	if errors.Is(err, errSilent) {
+		return "did not answer for half a minute, as a process that is stopped (SIGSTOP) or hangs, and was ended"
+	}
+	return "ended unexpectedly"
+}
 
 // Want is what a starter wants of a runner. It may be set at any time, from any goroutine.
 type Want struct{ cell *cell }

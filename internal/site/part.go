@@ -184,7 +184,7 @@ func (p *part) do(ctx context.Context) error {
 		if full := p.disk(err); problem.CodeOf(full) == problem.DiskFull {
 			return full
 		}
-		return problem.Wrap(err, problem.SiteRunnerDied, "submit the job again", "the runner at %s ended unexpectedly", a.conf.Name)
+		return problem.Wrap(err, problem.SiteRunnerDied, "submit the job again", "the runner at %s %s", a.conf.Name, runner.HowDied(err))
 	}
 	return nil
 }

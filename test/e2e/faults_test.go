@@ -146,7 +146,7 @@ var faults = []fault{
 	},
 	{
 		name: "the hub's runner hangs", spec: long, act: runnerOf(job.HubParty, syscall.SIGSTOP),
-		code: problem.HubRunnerDied, party: "hub",
+		code: problem.HubRunnerDied, party: "hub", says: []string{"SIGSTOP"},
 	},
 	{
 		name: "the hub's runner is told to end", spec: long, act: runnerOf(job.HubParty, syscall.SIGTERM),
@@ -162,7 +162,7 @@ var faults = []fault{
 	},
 	{
 		name: "a site's runner hangs", spec: long, act: runnerOf("site-2", syscall.SIGSTOP),
-		code: problem.SiteRunnerDied, party: "site-2", fast: true,
+		code: problem.SiteRunnerDied, party: "site-2", says: []string{"SIGSTOP"}, fast: true,
 	},
 	{
 		name: "a site's runner is told to end", spec: long, act: runnerOf("site-2", syscall.SIGTERM),
