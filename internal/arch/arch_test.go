@@ -35,6 +35,7 @@ var layer = map[string]int{
 
 	"api/pergola/v1":                  0, // generated from proto/
 	"api/pergola/v1/pergolav1connect": 1, // generated from proto/
+	"clock":                           1,
 	"config":                          1,
 	"link":                            1,
 	"logs":                            1,

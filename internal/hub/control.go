@@ -31,16 +31,18 @@ type control struct {
 	hub *Hub
 	id  job.ID
 
-	runner   chan struct{}   // closed when the hub's party is over; nil before its start
-	cursor   int64           // the last event that was looked at
-	moved    time.Time       // the last event that shows progress
-	prep     time.Time       // the last event that shows progress of the preparation
-	over     bool            // the app has finished
-	ending   time.Time       // since when the job is stopping
-	enough   time.Time       // since when as many sites as the job needs are connected, or ready
-	ready    map[string]bool // parties that have been ready in their present attempt
-	told     map[int64]bool  // what once has stored
-	exported bool            // the metrics, or it was tried
+	runner   chan struct{}       // closed when the hub's party is over; nil before its start
+	cursor   int64               // the last event that was looked at
+	looked   time.Time           // when the events were read last
+	times    map[int64]time.Time // what when has given
+	moved    time.Time           // the last event that shows progress
+	prep     time.Time           // the last event that shows progress of the preparation
+	over     bool                // the app has finished
+	ending   time.Time           // since when the job is stopping
+	enough   time.Time           // since when as many sites as the job needs are connected, or ready
+	ready    map[string]bool     // parties that have been ready in their present attempt
+	told     map[int64]bool      // what once has stored
+	exported bool                // the metrics, or it was tried
 
 	mu     sync.Mutex   // guards the rest
 	want   *runner.Want // of the hub's own party
@@ -175,8 +177,8 @@ func (c *control) step(ctx context.Context, wg *sync.WaitGroup) (over bool, next
 	if forced != nil && j.State != job.Stopping {
 		return false, 0, c.hub.stop(ctx, j, forced)
 	}
-	now := time.Now()
-	due := deadlines{now: now, next: time.Minute}
+	now := c.hub.wall()
+	due := deadlines{now: time.Now(), wall: now, next: time.Minute}
 	switch j.State {
 	case job.Submitted, job.Waiting:
 		return false, 0, c.hub.db.Move(ctx, j.ID, job.Queued, nil, "waiting for a look at the sites", now)
@@ -203,7 +205,8 @@ func (c *control) step(ctx context.Context, wg *sync.WaitGroup) (over bool, next
 
 // deadlines collects when something is due.
 type deadlines struct {
-	now  time.Time
+	now  time.Time // for comparing with times that this process has noted, and with those of control.when
+	wall time.Time // for storing
 	next time.Duration
 }
 
@@ -231,6 +234,7 @@ func hubParty(ps []job.Party) job.Party {
 
 // read takes in the events since the last look.
 func (c *control) read(ctx context.Context) error {
+	now := time.Now() // what is stored later may be read as well, and is seen as of now or later
 	for {
 		es, err := c.hub.db.Events(ctx, c.id, c.cursor, 500)
 		if err != nil {
@@ -240,16 +244,17 @@ func (c *control) read(ctx context.Context) error {
 			c.cursor = e.Seq
 			c.over = c.over || runner.IsRunOver(e)
 			c.follow(e)
-			switch e.Kind {
+			switch at := c.seen(e); e.Kind {
 			case job.KindWarning, job.KindNote:
 			case job.KindEnvProgress, job.KindPartyState:
-				c.prep = e.At
-				c.moved = e.At
+				c.prep = latest(c.prep, at)
+				c.moved = latest(c.moved, at)
 			default:
-				c.moved = e.At
+				c.moved = latest(c.moved, at)
 			}
 		}
 		if len(es) < 500 {
+			c.looked = now
 			return nil
 		}
 	}
@@ -301,10 +306,10 @@ func (c *control) queued(ctx context.Context, j job.Job, due *deadlines) error {
 		}
 	}
 	enough := c.suffices(j, there, missing, due)
-	late := due.passed(j.Created, j.Spec.StartTimeout.Std())
+	late := due.passed(c.when(j.Created), j.Spec.StartTimeout.Std())
 	if enough || late && !c.enough.IsZero() {
 		c.enough = time.Time{} // counts again for the parties
-		return c.hub.db.Move(ctx, j.ID, job.Preparing, nil, "", due.now)
+		return c.hub.db.Move(ctx, j.ID, job.Preparing, nil, "", due.wall)
 	}
 	if late {
 		cause := problem.New(problem.StartTimeout, "check that the agents of these sites run and reach the hub", "%s did not connect within %s", strings.Join(missing, ", "), j.Spec.StartTimeout)
@@ -329,14 +334,14 @@ func (l roll) alive() int { return len(l.ready) + len(l.waiting) + len(l.away) -
 
 // active looks after a job whose programs start or run.
 func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *deadlines) error {
-	if due.passed(j.Started, j.Spec.Deadline.Std()) {
+	if due.passed(c.when(j.Started), j.Spec.Deadline.Std()) {
 		return c.hub.stop(ctx, j, problem.New(problem.Deadline, "give it more with --deadline, or find out what takes so long", "the job was not finished within its deadline of %s", j.Spec.Deadline))
 	}
 	hub := hubParty(ps)
 	if hub.State == job.PartyFailed {
 		cause := causeOf(hub)
 		if cause.Code == problem.HubRunnerDied && hub.Attempt < j.Spec.RestartsFor(job.HubParty) {
-			return c.again(ctx, j, ps, cause, due.now)
+			return c.again(ctx, j, ps, cause, due.wall)
 		}
 		return c.hub.stop(ctx, j, cause)
 	}
@@ -356,14 +361,14 @@ func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *de
 			if err := c.once(ctx, j, p, returns, fmt.Sprintf("%s is there again and begins anew", p.Name)); err != nil {
 				return err
 			}
-			return ignoreMoved(c.hub.db.Again(ctx, j.ID, p.Name, "it was away: "+l.causes[i].Msg, due.now))
+			return ignoreMoved(c.hub.db.Again(ctx, j.ID, p.Name, "it was away: "+l.causes[i].Msg, due.wall))
 		}
 	}
 	switch {
 	case j.State == job.Preparing && hub.State == job.PartyRunning:
-		return c.hub.db.Move(ctx, j.ID, job.Running, nil, "", due.now)
+		return c.hub.db.Move(ctx, j.ID, job.Running, nil, "", due.wall)
 	case hub.State != job.PartyRunning && hub.State != job.PartyDone: // before the app's start, also in a new attempt of a job that ran
-		from := j.Started
+		from := c.when(j.Started)
 		if c.prep.After(from) {
 			from = c.prep
 		}
@@ -393,7 +398,7 @@ func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *de
 	}
 	if hub.State == job.PartyRunning {
 		for _, p := range ps {
-			if slices.Contains(l.ready, p.Name) && p.Updated.After(hub.Updated) {
+			if slices.Contains(l.ready, p.Name) && c.when(p.Updated).After(c.when(hub.Updated)) {
 				if err := c.once(ctx, j, p, joins, p.Name+" has joined the running job"); err != nil {
 					return err
 				}
@@ -491,7 +496,7 @@ func (c *control) mayReturn(p job.Party, cause *job.Cause, due *deadlines) bool 
 	if p.Attempt == 0 {
 		return true
 	}
-	return due.passed(p.Updated, min(returnPause<<min(p.Attempt-1, 20), maxReturnPause))
+	return due.passed(c.when(p.Updated), min(returnPause<<min(p.Attempt-1, 20), maxReturnPause))
 }
 
 // again begins the whole job anew after the hub's runner died.
@@ -541,7 +546,7 @@ func (c *control) once(ctx context.Context, j job.Job, p job.Party, what telling
 	if what == goes || what == begins || what == without {
 		kind = job.KindWarning
 	}
-	e, err := job.NewEvent(j.ID, "", kind, job.Text{Message: text}, time.Now())
+	e, err := job.NewEvent(j.ID, "", kind, job.Text{Message: text}, c.hub.wall())
 	if err != nil {
 		return err
 	}
@@ -575,7 +580,7 @@ func (c *control) look(ctx context.Context, j job.Job, p job.Party, due *deadlin
 		return nil, nil
 	}
 	if since.IsZero() {
-		since = j.Started // not seen since the hub itself started
+		since = c.when(j.Started) // not seen since the hub itself started
 		if c.hub.opened.After(since) {
 			since = c.hub.opened
 		}
@@ -590,7 +595,7 @@ func (c *control) look(ctx context.Context, j job.Job, p job.Party, due *deadlin
 	if p.State == job.PartyAbsent { // nothing of it is lost: it may still come
 		return cause, nil
 	}
-	return cause, c.hub.db.MoveParty(ctx, j.ID, p.Name, job.PartyFailed, cause, "", due.now)
+	return cause, c.hub.db.MoveParty(ctx, j.ID, p.Name, job.PartyFailed, cause, "", due.wall)
 }
 
 // stopping waits for the parties, and settles the job.
@@ -610,7 +615,7 @@ func (c *control) stopping(ctx context.Context, j job.Job, ps []job.Party, due *
 			}
 			// Nobody is there to say so: what its runner has left is ended when its agent comes back.
 			if p.State == job.PartyAbsent || due.passed(since, backPatience) {
-				if err := c.settle(ctx, j, p, due.now); err != nil {
+				if err := c.settle(ctx, j, p, due.wall); err != nil {
 					return err
 				}
 				continue
@@ -618,7 +623,7 @@ func (c *control) stopping(ctx context.Context, j job.Job, ps []job.Party, due *
 		}
 		if p.Name == job.HubParty && c.runner == nil {
 			// No runner of this hub's: it was never started, or has died.
-			if err := c.settle(ctx, j, p, due.now); err != nil {
+			if err := c.settle(ctx, j, p, due.wall); err != nil {
 				return err
 			}
 			continue
@@ -636,12 +641,12 @@ func (c *control) stopping(ctx context.Context, j job.Job, ps []job.Party, due *
 	}
 	if len(all) == 0 {
 		c.exportMetrics(ctx, j, ps)
-		return c.hub.db.Move(ctx, j.ID, j.State.Outcome(j.Cause), j.Cause, "", due.now)
+		return c.hub.db.Move(ctx, j.ID, j.State.Outcome(j.Cause), j.Cause, "", due.wall)
 	}
 	if due.passed(c.ending, stopPatience) {
 		for _, p := range ps {
 			if !p.State.Terminal() {
-				if err := c.settle(ctx, j, p, due.now); err != nil {
+				if err := c.settle(ctx, j, p, due.wall); err != nil {
 					return err
 				}
 			}
@@ -739,7 +744,7 @@ func (c *control) record(ctx context.Context, attempt int, e runner.Entry) error
 // fail stores the failure of the hub's own party.
 func (c *control) fail(ctx context.Context, attempt int, cause *job.Cause) {
 	for n := 1; ctx.Err() == nil; n++ {
-		err := ignoreMoved(c.hub.db.MoveAttempt(ctx, c.id, job.HubParty, attempt, job.PartyFailed, cause, "", time.Now()))
+		err := ignoreMoved(c.hub.db.MoveAttempt(ctx, c.id, job.HubParty, attempt, job.PartyFailed, cause, "", c.hub.wall()))
 		if err == nil || c.unstorable() != nil {
 			return
 		}

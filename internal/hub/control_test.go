@@ -99,7 +99,7 @@ func (r *rig) is(s job.State, cause string) {
 
 func (r *rig) party(name string, to job.PartyState, cause *job.Cause) {
 	r.Helper()
-	e, err := job.NewEvent(r.c.id, name, job.KindPartyState, job.PartyStateChange{To: to, Cause: cause}, time.Now())
+	e, err := job.NewEvent(r.c.id, name, job.KindPartyState, job.PartyStateChange{To: to, Cause: cause}, r.h.wall())
 	if err != nil {
 		r.Fatal(err)
 	}
@@ -110,7 +110,7 @@ func (r *rig) party(name string, to job.PartyState, cause *job.Cause) {
 
 func (r *rig) event(seq int64, party, kind string, body any) {
 	r.Helper()
-	e, err := job.NewEvent(r.c.id, party, kind, body, time.Now())
+	e, err := job.NewEvent(r.c.id, party, kind, body, r.h.wall())
 	if err != nil {
 		r.Fatal(err)
 	}

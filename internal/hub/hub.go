@@ -23,6 +23,7 @@ import (
 
 	"github.com/pergolafl/pergola/internal/api"
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
+	"github.com/pergolafl/pergola/internal/clock"
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/link"
@@ -60,6 +61,7 @@ type Hub struct {
 	auth *pki.Authority
 	tls  *tls.Config
 
+	clock  *clock.Clock
 	opened time.Time // sites that have not been seen since then are away since then
 
 	changed store.Fanout // sites that came and went, under the job id ""
@@ -88,6 +90,9 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	}
 	if err := h.conf.check(); err != nil {
 		return nil, err
+	}
+	if h.clock, err = clock.Open(filepath.Join(dir, clockFile)); err != nil {
+		log.Warn("what is known of changes of the clock cannot be read; deadlines of running jobs are by the clock as it is now", "err", err)
 	}
 	if h.auth, err = pki.LoadAuthority(dir); err != nil {
 		return nil, err
@@ -120,6 +125,9 @@ const ListeningPrefix = "listening on "
 
 // CannotListen begins what `pergola hub` says when it cannot have its port; the address and the reason follow.
 const CannotListen = "cannot listen on "
+
+// clockFile remembers, in the hub's directory, how the machine's clock was set.
+const clockFile = "clock.json"
 
 // DatabaseFile is the store's name in the hub's directory.
 const DatabaseFile = "pergola.db"

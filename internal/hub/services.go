@@ -91,7 +91,7 @@ func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*p
 	if len(spec.Sites) == 0 {
 		return nil, problem.New(problem.Usage, "enrol a site first", "the hub has no sites")
 	}
-	now := time.Now()
+	now := s.wall()
 	j, err := s.db.CreateJob(ctx, job.Job{ID: job.NewID(now), Name: req.GetName(), Key: req.GetKey(), Submitter: who.Name, Bundle: req.GetBundleDigest(), Spec: spec, Created: now}, spec.Sites)
 	if err != nil {
 		return nil, err
@@ -197,7 +197,7 @@ func (h *Hub) stop(ctx context.Context, j job.Job, cause *job.Cause) error {
 		if !j.State.Active() { // nothing runs yet
 			to = j.State.Outcome(cause)
 		}
-		err := h.db.Move(ctx, j.ID, to, cause, "", time.Now())
+		err := h.db.Move(ctx, j.ID, to, cause, "", h.wall())
 		if _, ok := errors.AsType[*store.MoveError](err); !ok {
 			return err
 		}
@@ -602,7 +602,7 @@ func (h *Hub) record(ctx context.Context, attempt int, e runner.Entry) error {
 		if err := e.Event.Decode(&c); err != nil {
 			return problem.New(problem.Usage, "", "entry %d cannot be read: %v", e.Seq, err)
 		}
-		return ignoreMoved(h.db.MoveAttempt(ctx, e.Event.Job, e.Event.Party, attempt, c.To, c.Cause, c.Reason, time.Now()))
+		return ignoreMoved(h.db.MoveAttempt(ctx, e.Event.Job, e.Event.Party, attempt, c.To, c.Cause, c.Reason, h.wall()))
 	}
 	if e.Event.Kind == job.KindJobState {
 		return problem.New(problem.Denied, "", "a party does not decide the job's state")
