@@ -60,7 +60,9 @@ var layer = map[string]int{
 	"policy":          3,
 	"store":           3,
 	"store/postgres":  3,
+	"store/pgtest":    3,
 	"store/sqlite":    3,
+	"store/sqlstore":  3,
 	"store/storetest": 3,
 
 	"hub":      4,
@@ -75,19 +77,23 @@ var layer = map[string]int{
 // beside lists the imports within a layer that are meant: each is a part that cannot be thought of
 // without the other, never a convenience.
 var beside = map[string]bool{
-	"api job":               true, // it has the wire's forms of what job has
-	"hub runner":            true, // each starts runners and reads their journals;
-	"site runner":           true, // a runner knows neither
-	"localrun hub":          true, // it writes the configuration that the processes it starts read
-	"localrun site":         true,
-	"localrun runner":       true, // the leash by which runners end with it
-	"store job":             true, // a store keeps jobs
-	"store/sqlite job":      true,
-	"store/sqlite store":    true, // an implementation knows its interface
-	"store/postgres job":    true,
-	"store/postgres store":  true,
-	"store/storetest job":   true,
-	"store/storetest store": true, // one suite for both
+	"api job":                       true, // it has the wire's forms of what job has
+	"hub runner":                    true, // each starts runners and reads their journals;
+	"site runner":                   true, // a runner knows neither
+	"localrun hub":                  true, // it writes the configuration that the processes it starts read
+	"localrun site":                 true,
+	"localrun runner":               true, // the leash by which runners end with it
+	"store job":                     true, // a store keeps jobs
+	"store/sqlite job":              true,
+	"store/sqlite store":            true, // an implementation knows its interface
+	"store/sqlite store/sqlstore":   true,
+	"store/postgres store/sqlstore": true,
+	"store/sqlstore job":            true,
+	"store/sqlstore store":          true,
+	"store/postgres job":            true,
+	"store/postgres store":          true,
+	"store/storetest job":           true,
+	"store/storetest store":         true, // one suite for both
 }
 
 // only names the packages outside of the standard library that are kept to a few of ours, so that
@@ -95,10 +101,11 @@ var beside = map[string]bool{
 var only = map[string][]string{
 	"github.com/spf13/cobra":                     {"cli"},
 	"modernc.org/sqlite":                         {"store/sqlite", "flower"},
+	"github.com/jackc/pgx/v5":                    {"store/postgres", "store/pgtest"},
 	"github.com/rogpeppe/go-internal/testscript": {},
 	"go.uber.org/goleak":                         {},
 	"pgregory.net/rapid":                         {"store/storetest"},
-	"testing":                                    {"store/storetest"},
+	"testing":                                    {"store/storetest", "store/pgtest"},
 }
 
 // A goPackage is what `go list -json` tells of a package; Imports excludes those of tests.

@@ -23,6 +23,7 @@ const (
 	Exists         Code = "exists"          // a thing with that name exists already
 	Denied         Code = "denied"          // the identity may not do that
 	HubUnreachable Code = "hub-unreachable" // the hub does not answer
+	Unavailable    Code = "unavailable"     // the hub answers, but its store does not for now
 	ProxyFailed    Code = "proxy-failed"    // the HTTP or SOCKS proxy on the way to the hub lets nothing through
 	TLSIntercepted Code = "tls-intercepted" // a middle box on the way to the hub decrypts the connection
 	Version        Code = "version"         // the two programs speak different protocol versions
@@ -111,10 +112,11 @@ func From(err error) *Error {
 	return &Error{Code: Internal, Msg: "something failed that should not", Err: err, Next: "please report this with the job's logs"}
 }
 
-// IsUnreachable tells whether err is about the way to the hub, which may be better at another time, and not the hub's answer.
+// IsUnreachable tells whether err is about the way to the hub, or what the hub itself cannot reach, which may be better at
+// another time, and not the hub's answer.
 func IsUnreachable(err error) bool {
 	switch CodeOf(err) {
-	case HubUnreachable, ProxyFailed, TLSIntercepted:
+	case HubUnreachable, Unavailable, ProxyFailed, TLSIntercepted:
 		return true
 	}
 	return false

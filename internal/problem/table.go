@@ -25,6 +25,7 @@ var Codes = map[Code]Meaning{
 	Exists:         {ExitFailed, 409, false},
 	Denied:         {ExitFailed, 403, false},
 	HubUnreachable: {ExitHubUnreachable, 503, false},
+	Unavailable:    {ExitHubUnreachable, 503, false},
 	ProxyFailed:    {ExitHubUnreachable, 503, true},
 	TLSIntercepted: {ExitHubUnreachable, 503, true},
 	Version:        {ExitFailed, 400, false},

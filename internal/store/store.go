@@ -187,3 +187,17 @@ func (f *Fanout) Wake(id job.ID) {
 		}
 	}
 }
+
+// WakeAll tells every subscriber: something may have happened that nobody told of.
+func (f *Fanout) WakeAll() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, subs := range f.subs {
+		for c := range subs {
+			select {
+			case c <- struct{}{}:
+			default:
+			}
+		}
+	}
+}

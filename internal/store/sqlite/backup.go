@@ -35,24 +35,24 @@ func (db *DB) Backup(ctx context.Context, path string) (err error) {
 	// The readers' connections may write nothing, and the writer's would be held up.
 	pool, err := sql.Open("sqlite", db.uri+"_pragma=busy_timeout(5000)")
 	if err != nil {
-		return db.trouble(ctx, err, doing)
+		return db.trouble(err, doing)
 	}
 	_, err = pool.ExecContext(ctx, "VACUUM INTO ?", part.Name())
 	if err = errors.Join(err, pool.Close()); err != nil {
 		if target := (&DB{path: path}); target.isFull(err) {
-			return target.trouble(ctx, err, doing)
+			return target.trouble(err, doing)
 		}
-		return db.trouble(ctx, err, doing)
+		return db.trouble(err, doing)
 	}
 	if err := part.Sync(); err != nil {
-		return db.trouble(ctx, err, doing)
+		return db.trouble(err, doing)
 	}
 	if err := os.Rename(part.Name(), path); err != nil {
-		return db.trouble(ctx, err, doing)
+		return db.trouble(err, doing)
 	}
 	dir, err := os.Open(filepath.Dir(path))
 	if err != nil {
-		return db.trouble(ctx, err, doing)
+		return db.trouble(err, doing)
 	}
 	return errors.Join(dir.Sync(), dir.Close())
 }

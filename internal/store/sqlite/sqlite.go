@@ -1,7 +1,8 @@
-// Package sqlite keeps jobs, parties and events in one SQLite file, for a hub on one machine. A call
-// that returned nil survives a power cut. One process writes; others may read the file.
+// Package sqlite is the store in one SQLite file, for a hub on one machine: its tables, and how it is opened and copied. What
+// is done with the tables stands in package sqlstore. A call that returned nil survives a power cut. One process writes;
+// others may read the file.
 //
-// It does not run jobs, and it is no place for logs or bundles, which are files. Start with [Open].
+// Start with [Open].
 package sqlite
 
 import (
@@ -15,14 +16,17 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"github.com/pressly/goose/v3"
 	"golang.org/x/sys/unix"
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 
+	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/store"
+	"github.com/pergolafl/pergola/internal/store/sqlstore"
 )
 
 //go:embed migrations/*.sql
@@ -30,12 +34,22 @@ var migrations embed.FS
 
 // DB is an open store. Its methods may be called from many goroutines.
 type DB struct {
-	store.Fanout
+	*sqlstore.DB
 	path string
 	uri  string  // of path, up to and with the question mark
 	w    *sql.DB // one connection: SQLite has one writer, and a queue in front of it beats SQLITE_BUSY
 	r    *sql.DB
 }
+
+var _ store.Store = (*DB)(nil)
+
+// dialect is what sqlstore has to know. The writers' transactions begin with SQLite's own lock.
+type dialect struct{ db *DB }
+
+func (dialect) Numbered() bool                                 { return false }
+func (dialect) Begin(context.Context, *sql.Tx) error           { return nil }
+func (dialect) Changed(context.Context, *sql.Tx, job.ID) error { return nil }
+func (d dialect) Trouble(err error, doing string) error        { return d.db.trouble(err, doing) }
 
 // Pragmas stand in the DSN because Exec would set them on one pooled connection only. WAL lets
 // readers go on beside the writer; FULL syncs at each commit, as "written before it is acted upon"
@@ -44,6 +58,9 @@ const (
 	writerDSN = "_pragma=busy_timeout(5000)&_pragma=journal_mode(wal)&_pragma=synchronous(full)&_pragma=foreign_keys(1)&_txlock=immediate"
 	readerDSN = "_pragma=busy_timeout(5000)&_pragma=query_only(1)"
 )
+
+// lockPatience is how long another process's lock is waited for, as in busy_timeout above.
+const lockPatience = 5 * time.Second
 
 // readers is the number of connections that read at the same time.
 const readers = 4
@@ -58,25 +75,26 @@ func Open(ctx context.Context, path string) (*DB, error) {
 	}
 	db := &DB{path: abs}
 	if err := create(abs); err != nil {
-		return nil, db.trouble(ctx, err, "open the store")
+		return nil, db.trouble(err, "open the store")
 	}
 	// A path is not a URI: "?" and "%" in it are escaped.
 	db.uri = "file:" + (&url.URL{Path: abs}).EscapedPath() + "?"
 	if db.w, err = sql.Open("sqlite", db.uri+writerDSN); err != nil {
-		return nil, db.trouble(ctx, err, "open the store")
+		return nil, db.trouble(err, "open the store")
 	}
 	db.w.SetMaxOpenConns(1)
 	if err := db.migrate(ctx); err != nil {
 		return nil, errors.Join(err, db.w.Close())
 	}
 	if db.r, err = sql.Open("sqlite", db.uri+readerDSN); err != nil {
-		return nil, errors.Join(db.trouble(ctx, err, "open the store"), db.w.Close())
+		return nil, errors.Join(db.trouble(err, "open the store"), db.w.Close())
 	}
 	db.r.SetMaxOpenConns(readers)
 	db.r.SetMaxIdleConns(readers)
 	if err := db.r.PingContext(ctx); err != nil {
-		return nil, errors.Join(db.trouble(ctx, err, "open the store"), db.Close())
+		return nil, errors.Join(db.trouble(err, "open the store"), db.Close())
 	}
+	db.DB = sqlstore.New(db.w, db.r, dialect{db})
 	return db, nil
 }
 
@@ -101,30 +119,22 @@ func create(path string) error {
 func (db *DB) migrate(ctx context.Context) error {
 	files, err := fs.Sub(migrations, "migrations")
 	if err != nil {
-		return db.trouble(ctx, err, "read the migrations")
+		return db.trouble(err, "read the migrations")
 	}
-	p, err := goose.NewProvider(goose.DialectSQLite3, db.w, files)
-	if err != nil {
-		return db.trouble(ctx, err, "prepare the migrations")
-	}
-	// Closing the provider would close the pool with it; Close does that.
+	// Some of SQLite's locks are refused at once, whatever busy_timeout says, as when two processes make the same file.
+	over := time.NewTimer(lockPatience)
+	defer over.Stop()
 	for {
-		have, newest, err := p.GetVersions(ctx)
-		if err != nil {
-			return db.trouble(ctx, err, "read the version of the store")
+		err := sqlstore.Migrate(ctx, db.w, goose.DialectSQLite3, files, db.path, dialect{db})
+		if problem.CodeOf(err) != problem.Unavailable {
+			return err
 		}
-		if have > newest {
-			return problem.New(problem.Version, "install the Pergola that wrote it, or a newer one",
-				"the store %s has version %d, and this Pergola knows %d at most", db.path, have, newest)
-		}
-		_, err = p.Up(ctx)
-		if err == nil {
-			return nil
-		}
-		// goose has no lock for SQLite. Whoever loses the race finds the step done already, its own
-		// rolled back, and goes on from there; without progress it is a failure.
-		if now, _, verr := p.GetVersions(ctx); verr != nil || now <= have {
-			return db.trouble(ctx, err, "bring the tables up to date")
+		select {
+		case <-over.C:
+			return err
+		case <-ctx.Done():
+			return err
+		case <-time.After(20 * time.Millisecond):
 		}
 	}
 }
@@ -140,17 +150,17 @@ func (db *DB) Close() error {
 	return errors.Join(err, db.w.Close())
 }
 
-// trouble makes a problem of what SQLite or the system says; doing is the sentence's verb. Problems
-// pass. Where the caller's context is over, that is the reason, in whatever words it came.
-func (db *DB) trouble(ctx context.Context, err error, doing string) error {
+// trouble makes a problem of what SQLite or the system says; doing is the sentence's verb. Problems pass, and so does the end
+// of a caller's context.
+func (db *DB) trouble(err error, doing string) error {
 	if err == nil {
 		return nil
 	}
 	if _, ok := errors.AsType[*problem.Error](err); ok {
 		return err
 	}
-	if ctx.Err() != nil {
-		return fmt.Errorf("%s: %w", doing, context.Cause(ctx))
+	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return fmt.Errorf("%s: %w", doing, err)
 	}
 	if db.isFull(err) {
 		return problem.Wrap(err, problem.DiskFull, "make room on the disk that holds "+filepath.Dir(db.path),
@@ -162,6 +172,8 @@ func (db *DB) trouble(ctx context.Context, err error, doing string) error {
 	}
 	if e, ok := errors.AsType[*sqlite.Error](err); ok {
 		switch e.Code() & 0xff {
+		case sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED: // by another process, for longer than busy_timeout
+			return sqlstore.Unavailable(err, doing)
 		case sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM:
 			return problem.Wrap(err, problem.Usage, "check the folder and its owner", "cannot %s in %s", doing, db.path)
 		}

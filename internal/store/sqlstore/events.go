@@ -1,4 +1,4 @@
-package sqlite
+package sqlstore
 
 import (
 	"context"
@@ -25,7 +25,7 @@ func (db *DB) Append(ctx context.Context, e job.Event, partySeq int64) (seq int6
 	if e.At.IsZero() {
 		e.At = time.Now()
 	}
-	err = db.change(ctx, "store an event", e.Job, func(tx *sql.Tx, _ job.Job) (bool, error) {
+	err = db.change(ctx, "store an event", e.Job, func(ctx context.Context, tx *txn, _ job.Job) (bool, error) {
 		if partySeq > 0 {
 			err := tx.QueryRowContext(ctx, "SELECT seq FROM event WHERE job = ? AND party = ? AND party_seq = ?", e.Job, e.Party, partySeq).Scan(&seq)
 			if !errors.Is(err, sql.ErrNoRows) {
@@ -45,9 +45,10 @@ func (db *DB) Append(ctx context.Context, e job.Event, partySeq int64) (seq int6
 // PartySeq gives the highest count of reports that was stored for a party, 0 for none: where a party
 // that comes back goes on.
 func (db *DB) PartySeq(ctx context.Context, id job.ID, party string) (int64, error) {
-	var n int64
-	err := db.r.QueryRowContext(ctx, "SELECT coalesce(max(party_seq), 0) FROM event WHERE job = ? AND party = ? AND party_seq > 0", id, party).Scan(&n)
-	return n, db.trouble(ctx, err, "read a party's count")
+	return one(ctx, db, "read a party's count", func(r row) (n int64, err error) {
+		err = r.Scan(&n)
+		return n, err
+	}, "SELECT coalesce(max(party_seq), 0) FROM event WHERE job = ? AND party = ? AND party_seq > 0", id, party)
 }
 
 // Events gives at most limit events (0 = store.DefaultLimit) of a job ("" = all jobs) after number
@@ -58,8 +59,8 @@ func (db *DB) Events(ctx context.Context, id job.ID, after int64, n int) ([]job.
 		q += " AND job = ?"
 		args = append(args, id)
 	}
-	rows, err := db.r.QueryContext(ctx, q+" ORDER BY seq LIMIT ?", append(args, limit(n))...)
-	return collect(ctx, db, rows, err, "read events", scanEvent)
+	rows, err := db.query(ctx, q+" ORDER BY seq LIMIT ?", append(args, limit(n))...)
+	return collect(db, rows, err, "read events", scanEvent)
 }
 
 func scanEvent(r row) (job.Event, error) {
@@ -76,7 +77,7 @@ func scanEvent(r row) (job.Event, error) {
 	return e, nil
 }
 
-func insertEvent(ctx context.Context, tx *sql.Tx, id job.ID, party, kind string, body any, now time.Time) error {
+func insertEvent(ctx context.Context, tx *txn, id job.ID, party, kind string, body any, now time.Time) error {
 	e, err := job.NewEvent(id, party, kind, body, now)
 	if err != nil {
 		return err
@@ -85,11 +86,9 @@ func insertEvent(ctx context.Context, tx *sql.Tx, id job.ID, party, kind string,
 	return err
 }
 
-func putEvent(ctx context.Context, tx *sql.Tx, e job.Event, partySeq int64) (int64, error) {
-	res, err := tx.ExecContext(ctx, "INSERT INTO event (job, at, party, party_seq, kind, body) VALUES (?, ?, ?, ?, ?, ?)",
-		e.Job, nanos(e.At), e.Party, partySeq, e.Kind, string(e.Body))
-	if err != nil {
-		return 0, err
-	}
-	return res.LastInsertId()
+func putEvent(ctx context.Context, tx *txn, e job.Event, partySeq int64) (int64, error) {
+	var seq int64
+	err := tx.QueryRowContext(ctx, "INSERT INTO event (job, at, party, party_seq, kind, body) VALUES (?, ?, ?, ?, ?, ?) RETURNING seq",
+		e.Job, nanos(e.At), e.Party, partySeq, e.Kind, string(e.Body)).Scan(&seq)
+	return seq, err
 }

@@ -1,4 +1,4 @@
-package sqlite
+package sqlstore
 
 import (
 	"context"
@@ -43,58 +43,53 @@ func (db *DB) CreateJob(ctx context.Context, j job.Job, sites []string) (job.Job
 	}
 	j.State, j.Cause, j.Started, j.Ended = job.Submitted, nil, time.Time{}, time.Time{}
 	j.Created = stamp(nanos(j.Created))
-	made := false
-	err = db.write(ctx, "store the job", func(tx *sql.Tx) error {
+	err = db.write(ctx, "store the job", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		if j.Key != "" {
 			old, err := scanJob(tx.QueryRowContext(ctx, "SELECT "+jobColumns+" FROM job WHERE submitter = ? AND key = ?", j.Submitter, j.Key))
 			if err == nil {
 				j = old
-				return nil
+				return nil, nil
 			}
 			if !errors.Is(err, sql.ErrNoRows) {
-				return err
+				return nil, err
 			}
 		}
 		var taken bool
 		if err := tx.QueryRowContext(ctx, "SELECT EXISTS (SELECT 1 FROM job WHERE id = ?)", j.ID).Scan(&taken); err != nil {
-			return err
+			return nil, err
 		}
 		if taken {
-			return problem.New(problem.Exists, "submit it with a new ID", "job %s exists already", j.ID)
+			return nil, problem.New(problem.Exists, "submit it with a new ID", "job %s exists already", j.ID)
 		}
 		if _, err := tx.ExecContext(ctx, "INSERT INTO job ("+jobColumns+", priority) VALUES (?, ?, ?, ?, ?, ?, ?, '', ?, ?, 0, 0, ?)",
 			j.ID, j.Name, j.Key, j.Submitter, j.Bundle, j.State, j.Reason, string(spec), nanos(j.Created), j.Spec.Priority); err != nil {
-			return err
+			return nil, err
 		}
 		for i, name := range append([]string{job.HubParty}, sites...) {
 			if err := insertParty(ctx, tx, j.ID, i, name, j.Created); err != nil {
-				return err
+				return nil, err
 			}
 		}
-		made = true
-		return insertEvent(ctx, tx, j.ID, "", job.KindJobState, job.JobState{To: j.State, Reason: j.Reason}, j.Created)
+		return []job.ID{j.ID}, insertEvent(ctx, tx, j.ID, "", job.KindJobState, job.JobState{To: j.State, Reason: j.Reason}, j.Created)
 	})
 	if err != nil {
 		return job.Job{}, err
-	}
-	if made {
-		db.Wake(j.ID)
 	}
 	return j, nil
 }
 
 // Job gives one job; a problem with code not-found if there is none.
 func (db *DB) Job(ctx context.Context, id job.ID) (job.Job, error) {
-	j, err := scanJob(db.r.QueryRowContext(ctx, "SELECT "+jobColumns+" FROM job WHERE id = ?", id))
+	j, err := one(ctx, db, "read a job", scanJob, "SELECT "+jobColumns+" FROM job WHERE id = ?", id)
 	if errors.Is(err, sql.ErrNoRows) {
 		return job.Job{}, noJob(id)
 	}
-	return j, db.trouble(ctx, err, "read a job")
+	return j, err
 }
 
 // Jobs gives a page of jobs.
 func (db *DB) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
-	q, args := "SELECT "+jobColumns+" FROM job WHERE 1", []any{}
+	q, args := "SELECT "+jobColumns+" FROM job WHERE 1 = 1", []any{}
 	if len(f.States) > 0 {
 		q += " AND state IN (?" + strings.Repeat(", ?", len(f.States)-1) + ")"
 		for _, s := range f.States {
@@ -120,8 +115,8 @@ func (db *DB) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
 		q += beyond
 		args = append(args, f.After)
 	}
-	rows, err := db.r.QueryContext(ctx, q+order+" LIMIT ?", append(args, limit(f.Limit))...)
-	return collect(ctx, db, rows, err, "list jobs", scanJob)
+	rows, err := db.query(ctx, q+order+" LIMIT ?", append(args, limit(f.Limit))...)
+	return collect(db, rows, err, "list jobs", scanJob)
 }
 
 // afterAll sorts behind each character of an ID.
@@ -159,8 +154,8 @@ func (db *DB) CountJobs(ctx context.Context) (map[job.State]int, error) {
 		state job.State
 		n     int
 	}
-	rows, err := db.r.QueryContext(ctx, "SELECT state, count(*) FROM job GROUP BY state")
-	cs, err := collect(ctx, db, rows, err, "count the jobs", func(r row) (c count, err error) {
+	rows, err := db.query(ctx, "SELECT state, count(*) FROM job GROUP BY state")
+	cs, err := collect(db, rows, err, "count the jobs", func(r row) (c count, err error) {
 		err = r.Scan(&c.state, &c.n)
 		return c, err
 	})
@@ -171,15 +166,32 @@ func (db *DB) CountJobs(ctx context.Context) (map[job.State]int, error) {
 	return out, err
 }
 
-// DeleteJob forgets a job that is over, with its parties and events. One that is not over is refused with code usage.
+// deleteAtOnce is how many events one transaction deletes: a job may have millions, and others want to write too.
+const deleteAtOnce = 5000
+
+// DeleteJob forgets a job that is over, with its parties and events. One that is not over is refused with code usage. When it
+// is cut short, the job is still there, without some of its events.
 func (db *DB) DeleteJob(ctx context.Context, id job.ID) error {
-	return db.change(ctx, "delete a job", id, func(tx *sql.Tx, j job.Job) (bool, error) {
-		if !j.State.Terminal() {
-			return false, problem.New(problem.Usage, "end it first with: pergola abort "+string(id), "job %s is not over: it is %s", id, j.State)
+	for more := true; more; {
+		if err := db.change(ctx, "delete a job", id, func(ctx context.Context, tx *txn, j job.Job) (bool, error) {
+			if !j.State.Terminal() {
+				return false, problem.New(problem.Usage, "end it first with: pergola abort "+string(id), "job %s is not over: it is %s", id, j.State)
+			}
+			res, err := tx.ExecContext(ctx, "DELETE FROM event WHERE seq IN (SELECT seq FROM event WHERE job = ? ORDER BY seq LIMIT ?)", id, deleteAtOnce)
+			if err != nil {
+				return false, err
+			}
+			n, err := res.RowsAffected()
+			if more = n == deleteAtOnce; more || err != nil {
+				return false, err
+			}
+			_, err = tx.ExecContext(ctx, "DELETE FROM job WHERE id = ?", id)
+			return true, err
+		}); err != nil {
+			return err
 		}
-		_, err := tx.ExecContext(ctx, "DELETE FROM job WHERE id = ?", id)
-		return true, err
-	})
+	}
+	return nil
 }
 
 // PartiesOf gives the parties of many jobs, each as Parties does. Jobs that do not exist are missing.
@@ -190,8 +202,8 @@ func (db *DB) PartiesOf(ctx context.Context, ids []job.ID) (map[job.ID][]job.Par
 		for i, id := range chunk {
 			args[i] = id
 		}
-		rows, err := db.r.QueryContext(ctx, "SELECT "+partyColumns+" FROM party WHERE job IN (?"+strings.Repeat(", ?", len(chunk)-1)+") ORDER BY job, pos", args...)
-		ps, err := collect(ctx, db, rows, err, "list the parties", scanParty)
+		rows, err := db.query(ctx, "SELECT "+partyColumns+" FROM party WHERE job IN (?"+strings.Repeat(", ?", len(chunk)-1)+") ORDER BY job, pos", args...)
+		ps, err := collect(db, rows, err, "list the parties", scanParty)
 		if err != nil {
 			return nil, err
 		}
@@ -204,8 +216,8 @@ func (db *DB) PartiesOf(ctx context.Context, ids []job.ID) (map[job.ID][]job.Par
 
 // Parties gives the parties of a job: the hub, then the sites in the order of their partitions.
 func (db *DB) Parties(ctx context.Context, id job.ID) ([]job.Party, error) {
-	rows, err := db.r.QueryContext(ctx, "SELECT "+partyColumns+" FROM party WHERE job = ? ORDER BY pos", id)
-	ps, err := collect(ctx, db, rows, err, "list the parties", scanParty)
+	rows, err := db.query(ctx, "SELECT "+partyColumns+" FROM party WHERE job = ? ORDER BY pos", id)
+	ps, err := collect(db, rows, err, "list the parties", scanParty)
 	if err == nil && len(ps) == 0 { // each job has the hub at least
 		return nil, noJob(id)
 	}
@@ -217,7 +229,7 @@ func (db *DB) AddParty(ctx context.Context, id job.ID, site string) error {
 	if err := job.CheckName("site", site); err != nil {
 		return err
 	}
-	return db.change(ctx, "add a party", id, func(tx *sql.Tx, j job.Job) (bool, error) {
+	return db.change(ctx, "add a party", id, func(ctx context.Context, tx *txn, j job.Job) (bool, error) {
 		var n, pos int
 		if err := tx.QueryRowContext(ctx, "SELECT count(*) FILTER (WHERE name = ?), coalesce(max(pos), -1) + 1 FROM party WHERE job = ?", site, id).Scan(&n, &pos); err != nil || n > 0 {
 			return false, err
@@ -235,7 +247,7 @@ func (db *DB) AddParty(ctx context.Context, id job.ID, site string) error {
 // succeed. Moving to the state in which it is does nothing and returns nil; a move that is not in
 // the table is a *store.MoveError within a problem.
 func (db *DB) Move(ctx context.Context, id job.ID, to job.State, cause *job.Cause, reason string, now time.Time) error {
-	return db.change(ctx, "store a job's move", id, func(tx *sql.Tx, j job.Job) (bool, error) {
+	return db.change(ctx, "store a job's move", id, func(ctx context.Context, tx *txn, j job.Job) (bool, error) {
 		if j.State == to {
 			return false, nil
 		}
@@ -280,7 +292,7 @@ func untold(to job.State) *job.Cause {
 // SetReason replaces the reason of the state in which the job is, so that one that waits says for
 // what, now. It is no move and no event; subscribers are woken. A job that is over keeps its reason.
 func (db *DB) SetReason(ctx context.Context, id job.ID, reason string) error {
-	return db.change(ctx, "store a job's reason", id, func(tx *sql.Tx, j job.Job) (bool, error) {
+	return db.change(ctx, "store a job's reason", id, func(ctx context.Context, tx *txn, j job.Job) (bool, error) {
 		if j.Reason == reason || j.State.Terminal() {
 			return false, nil
 		}
@@ -305,7 +317,7 @@ func (db *DB) MoveAttempt(ctx context.Context, id job.ID, party string, attempt 
 // transaction. From a state that does not allow it (see job.PartyState.Again), and in a job that does not run, it is a
 // *store.MoveError within a problem.
 func (db *DB) Again(ctx context.Context, id job.ID, party, reason string, now time.Time) error {
-	return db.change(ctx, "store a party's new attempt", id, func(tx *sql.Tx, j job.Job) (bool, error) {
+	return db.change(ctx, "store a party's new attempt", id, func(ctx context.Context, tx *txn, j job.Job) (bool, error) {
 		p, err := db.party(ctx, tx, id, party)
 		if err != nil {
 			return false, err
@@ -323,7 +335,7 @@ func (db *DB) Again(ctx context.Context, id job.ID, party, reason string, now ti
 
 const partyColumns = "job, name, state, attempt, reason, cause, updated"
 
-func (db *DB) party(ctx context.Context, tx *sql.Tx, id job.ID, party string) (job.Party, error) {
+func (db *DB) party(ctx context.Context, tx *txn, id job.ID, party string) (job.Party, error) {
 	p, err := scanParty(tx.QueryRowContext(ctx, "SELECT "+partyColumns+" FROM party WHERE job = ? AND name = ?", id, party))
 	if errors.Is(err, sql.ErrNoRows) {
 		return p, problem.New(problem.NotFound, "see its parties with: pergola show "+string(id), "job %s has no party %q", id, party)
@@ -332,7 +344,7 @@ func (db *DB) party(ctx context.Context, tx *sql.Tx, id job.ID, party string) (j
 }
 
 func (db *DB) moveParty(ctx context.Context, id job.ID, party string, attempt int, to job.PartyState, cause *job.Cause, reason string, now time.Time) error {
-	return db.change(ctx, "store a party's move", id, func(tx *sql.Tx, _ job.Job) (bool, error) {
+	return db.change(ctx, "store a party's move", id, func(ctx context.Context, tx *txn, _ job.Job) (bool, error) {
 		p, err := db.party(ctx, tx, id, party)
 		if err != nil || p.State == to || attempt >= 0 && attempt != p.Attempt {
 			return false, err
@@ -361,15 +373,15 @@ func (db *DB) moveParty(ctx context.Context, id job.ID, party string, attempt in
 
 // PutBundle notes that the hub has a bundle; one that is known stays as it is.
 func (db *DB) PutBundle(ctx context.Context, digest string, size int64, now time.Time) error {
-	return db.write(ctx, "note a bundle", func(tx *sql.Tx) error {
+	return db.write(ctx, "note a bundle", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		_, err := tx.ExecContext(ctx, "INSERT INTO bundle (digest, size, created) VALUES (?, ?, ?) ON CONFLICT DO NOTHING", digest, size, nanos(now))
-		return err
+		return nil, err
 	})
 }
 
 // Bundle gives the bookkeeping of one bundle; a problem with code not-found if there is none.
 func (db *DB) Bundle(ctx context.Context, digest string) (store.Bundle, error) {
-	b, err := scanBundle(db.r.QueryRowContext(ctx, "SELECT digest, size, created FROM bundle WHERE digest = ?", digest))
+	b, err := one(ctx, db, "read about a bundle", scanBundle, "SELECT digest, size, created FROM bundle WHERE digest = ?", digest)
 	if errors.Is(err, sql.ErrNoRows) {
 		return store.Bundle{}, problem.New(problem.NotFound, "submit it again", "the hub has no bundle %s", digest)
 	}
@@ -378,25 +390,25 @@ func (db *DB) Bundle(ctx context.Context, digest string) (store.Bundle, error) {
 
 // Bundles gives all bundles, oldest first.
 func (db *DB) Bundles(ctx context.Context) ([]store.Bundle, error) {
-	rows, err := db.r.QueryContext(ctx, "SELECT digest, size, created FROM bundle ORDER BY created, digest")
-	return collect(ctx, db, rows, err, "list bundles", scanBundle)
+	rows, err := db.query(ctx, "SELECT digest, size, created FROM bundle ORDER BY created, digest")
+	return collect(db, rows, err, "list bundles", scanBundle)
 }
 
 // DeleteBundle forgets a bundle. One that a job needs which is not over is refused with code usage; one that is not
 // known is no error.
 func (db *DB) DeleteBundle(ctx context.Context, digest string) error {
-	return db.write(ctx, "delete a bundle", func(tx *sql.Tx) error {
+	return db.write(ctx, "delete a bundle", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		states, args := openStates()
 		var id job.ID
 		err := tx.QueryRowContext(ctx, "SELECT id FROM job WHERE bundle = ? AND state IN "+states+" LIMIT 1", append([]any{digest}, args...)...).Scan(&id)
 		if err == nil {
-			return problem.New(problem.Usage, "wait until the job is over", "the bundle %s is needed by job %s", digest, id)
+			return nil, problem.New(problem.Usage, "wait until the job is over", "the bundle %s is needed by job %s", digest, id)
 		}
 		if !errors.Is(err, sql.ErrNoRows) {
-			return err
+			return nil, err
 		}
 		_, err = tx.ExecContext(ctx, "DELETE FROM bundle WHERE digest = ?", digest)
-		return err
+		return nil, err
 	})
 }
 
@@ -410,44 +422,7 @@ func openStates() (list string, args []any) {
 	return "(?" + strings.Repeat(", ?", len(args)-1) + ")", args
 }
 
-// write runs fn in one transaction of the only writer.
-func (db *DB) write(ctx context.Context, doing string, fn func(*sql.Tx) error) error {
-	tx, err := db.w.BeginTx(ctx, nil)
-	if err != nil {
-		return db.trouble(ctx, err, doing)
-	}
-	if err := fn(tx); err != nil {
-		// A failed write may have ended the transaction by itself, and fn's error is the one that counts.
-		if rerr := tx.Rollback(); rerr != nil && !errors.Is(rerr, sql.ErrTxDone) {
-			err = errors.Join(err, rerr)
-		}
-		return db.trouble(ctx, err, doing)
-	}
-	return db.trouble(ctx, tx.Commit(), doing)
-}
-
-// change runs fn with the job as it is, in one transaction, and wakes subscribers if fn says that it
-// changed something.
-func (db *DB) change(ctx context.Context, doing string, id job.ID, fn func(*sql.Tx, job.Job) (bool, error)) error {
-	changed := false
-	err := db.write(ctx, doing, func(tx *sql.Tx) error {
-		j, err := scanJob(tx.QueryRowContext(ctx, "SELECT "+jobColumns+" FROM job WHERE id = ?", id))
-		if errors.Is(err, sql.ErrNoRows) {
-			return noJob(id)
-		}
-		if err != nil {
-			return err
-		}
-		changed, err = fn(tx, j)
-		return err
-	})
-	if changed { // also if the commit failed: its answer may be lost and the change stored all the same
-		db.Wake(id)
-	}
-	return err
-}
-
-func insertParty(ctx context.Context, tx *sql.Tx, id job.ID, pos int, name string, now time.Time) error {
+func insertParty(ctx context.Context, tx *txn, id job.ID, pos int, name string, now time.Time) error {
 	_, err := tx.ExecContext(ctx, "INSERT INTO party (job, pos, name, state, reason, cause, updated) VALUES (?, ?, ?, ?, '', '', ?)",
 		id, pos, name, job.PartyAbsent, nanos(now))
 	return err
@@ -456,8 +431,6 @@ func insertParty(ctx context.Context, tx *sql.Tx, id job.ID, pos int, name strin
 func noJob(id job.ID) error {
 	return problem.New(problem.NotFound, "see the jobs with: pergola jobs", "there is no job %s", id)
 }
-
-type row interface{ Scan(...any) error }
 
 func scanJob(r row) (job.Job, error) {
 	var j job.Job
@@ -495,21 +468,6 @@ func scanBundle(r row) (b store.Bundle, err error) {
 	return b, err
 }
 
-func collect[T any](ctx context.Context, db *DB, rows *sql.Rows, err error, doing string, scan func(row) (T, error)) ([]T, error) {
-	if err != nil {
-		return nil, db.trouble(ctx, err, doing)
-	}
-	var out []T
-	for rows.Next() {
-		v, err := scan(rows)
-		if err != nil {
-			return nil, db.trouble(ctx, errors.Join(err, rows.Close()), doing)
-		}
-		out = append(out, v)
-	}
-	return out, db.trouble(ctx, errors.Join(rows.Err(), rows.Close()), doing)
-}
-
 func causeText(c *job.Cause) (string, error) {
 	if c == nil {
 		return "", nil
@@ -527,25 +485,4 @@ func parseCause(s string) (*job.Cause, error) {
 		return nil, fmt.Errorf("cause %q: %w", s, err)
 	}
 	return &c, nil
-}
-
-func nanos(t time.Time) int64 {
-	if t.IsZero() {
-		return 0
-	}
-	return t.UnixNano()
-}
-
-func stamp(ns int64) time.Time {
-	if ns == 0 {
-		return time.Time{}
-	}
-	return time.Unix(0, ns).UTC()
-}
-
-func limit(n int) int {
-	if n <= 0 {
-		return store.DefaultLimit
-	}
-	return n
 }

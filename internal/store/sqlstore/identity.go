@@ -1,4 +1,4 @@
-package sqlite
+package sqlstore
 
 import (
 	"context"
@@ -7,6 +7,7 @@ import (
 	"errors"
 	"time"
 
+	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/store"
 )
@@ -31,17 +32,17 @@ func (db *DB) PutIdentity(ctx context.Context, i store.Identity) error {
 
 // Identity gives what is known of a site or a user, also of a removed one; not-found if nothing is.
 func (db *DB) Identity(ctx context.Context, kind, name string) (store.Identity, error) {
-	i, err := scanIdentity(db.r.QueryRowContext(ctx, "SELECT "+identityColumns+" FROM identity WHERE kind = ? AND name = ?", kind, name))
+	i, err := one(ctx, db, "read who "+name+" is", scanIdentity, "SELECT "+identityColumns+" FROM identity WHERE kind = ? AND name = ?", kind, name)
 	if errors.Is(err, sql.ErrNoRows) {
 		return i, problem.New(problem.NotFound, "check the name", "the hub knows no %s %q", kind, name)
 	}
-	return i, db.trouble(ctx, err, "read who "+name+" is")
+	return i, err
 }
 
 // Identities gives all that are known of a kind, by name, also removed ones.
 func (db *DB) Identities(ctx context.Context, kind string) ([]store.Identity, error) {
-	rows, err := db.r.QueryContext(ctx, "SELECT "+identityColumns+" FROM identity WHERE kind = ? ORDER BY name", kind)
-	return collect(ctx, db, rows, err, "list who is known", scanIdentity)
+	rows, err := db.query(ctx, "SELECT "+identityColumns+" FROM identity WHERE kind = ? ORDER BY name", kind)
+	return collect(db, rows, err, "list who is known", scanIdentity)
 }
 
 // RemoveIdentity keeps a site or a user away from now on, until it is enrolled again; also one that the store has not heard of,
@@ -62,59 +63,57 @@ func (db *DB) SawSite(ctx context.Context, site string, info json.RawMessage, ve
 	if len(info) > 0 && !json.Valid(info) {
 		return problem.New(problem.Usage, "update the site's agent", "what site %s declares is not JSON", site)
 	}
-	return db.write(ctx, "note a site", func(tx *sql.Tx) error {
+	return db.write(ctx, "note a site", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		_, err := tx.ExecContext(ctx, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, 0, 0, ?, ?, ?)
 			ON CONFLICT (kind, name) DO UPDATE SET info = excluded.info, seen = excluded.seen, version = excluded.version`,
 			siteKind, site, string(info), nanos(now), version)
-		return err
+		return nil, err
 	})
 }
 
 // knows stores something about an identity and wakes whoever waits for anything.
 func (db *DB) knows(ctx context.Context, doing, query string, args ...any) error {
-	err := db.write(ctx, doing+" "+args[1].(string), func(tx *sql.Tx) error {
+	return db.write(ctx, doing+" "+args[1].(string), func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		_, err := tx.ExecContext(ctx, query, args...)
-		return err
+		return []job.ID{""}, err
 	})
-	db.Wake("")
-	return err
 }
 
 // PutToken stores a token; one that is there already is refused with code exists.
 func (db *DB) PutToken(ctx context.Context, t store.Token) error {
-	return db.write(ctx, "store a token", func(tx *sql.Tx) error {
+	return db.write(ctx, "store a token", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		res, err := tx.ExecContext(ctx, "INSERT INTO token ("+tokenColumns+") VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
 			t.Hash, t.Kind, t.Name, nanos(t.Created), nanos(t.Expires), nanos(t.Used), t.By)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if n, err := res.RowsAffected(); n > 0 || err != nil {
-			return err
+			return nil, err
 		}
-		return problem.New(problem.Exists, "make another one", "the token exists already")
+		return nil, problem.New(problem.Exists, "make another one", "the token exists already")
 	})
 }
 
 // UseToken takes a token, once: a token that is unknown, was used or is over at now is refused with code denied. Of many calls
 // at the same time one succeeds.
 func (db *DB) UseToken(ctx context.Context, hash string, now time.Time) (t store.Token, err error) {
-	err = db.write(ctx, "use a token", func(tx *sql.Tx) error {
+	err = db.write(ctx, "use a token", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		var err error
 		t, err = scanToken(tx.QueryRowContext(ctx, "SELECT "+tokenColumns+" FROM token WHERE hash = ?", hash))
 		const next = "ask whoever gave it to you for another one"
 		switch {
 		case errors.Is(err, sql.ErrNoRows):
-			return problem.New(problem.Denied, next, "the hub does not know this token")
+			return nil, problem.New(problem.Denied, next, "the hub does not know this token")
 		case err != nil:
-			return err
+			return nil, err
 		case !t.Used.IsZero():
-			return problem.New(problem.Denied, next, "the token for %s %s was used already, at %s", t.Kind, t.Name, t.Used.Format(time.RFC3339))
+			return nil, problem.New(problem.Denied, next, "the token for %s %s was used already, at %s", t.Kind, t.Name, t.Used.Format(time.RFC3339))
 		case !now.Before(t.Expires):
-			return problem.New(problem.Denied, next, "the token for %s %s was good until %s", t.Kind, t.Name, t.Expires.Format(time.RFC3339))
+			return nil, problem.New(problem.Denied, next, "the token for %s %s was good until %s", t.Kind, t.Name, t.Expires.Format(time.RFC3339))
 		}
 		t.Used = stamp(nanos(now))
 		_, err = tx.ExecContext(ctx, "UPDATE token SET used = ? WHERE hash = ?", nanos(now), hash)
-		return err
+		return nil, err
 	})
 	if err != nil {
 		return store.Token{}, err
@@ -124,21 +123,21 @@ func (db *DB) UseToken(ctx context.Context, hash string, now time.Time) (t store
 
 // Tokens gives all tokens, oldest first, also those that were used or are over.
 func (db *DB) Tokens(ctx context.Context) ([]store.Token, error) {
-	rows, err := db.r.QueryContext(ctx, "SELECT "+tokenColumns+" FROM token ORDER BY created, hash")
-	return collect(ctx, db, rows, err, "list the tokens", scanToken)
+	rows, err := db.query(ctx, "SELECT "+tokenColumns+" FROM token ORDER BY created, hash")
+	return collect(db, rows, err, "list the tokens", scanToken)
 }
 
 // RemoveToken forgets a token; not-found if there is none.
 func (db *DB) RemoveToken(ctx context.Context, hash string) error {
-	return db.write(ctx, "remove a token", func(tx *sql.Tx) error {
+	return db.write(ctx, "remove a token", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		res, err := tx.ExecContext(ctx, "DELETE FROM token WHERE hash = ?", hash)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if n, err := res.RowsAffected(); n > 0 || err != nil {
-			return err
+			return nil, err
 		}
-		return problem.New(problem.NotFound, "see the tokens with: pergola hub token ls", "there is no such token")
+		return nil, problem.New(problem.NotFound, "see the tokens with: pergola hub token ls", "there is no such token")
 	})
 }
 
@@ -158,11 +157,4 @@ func scanToken(r row) (t store.Token, err error) {
 	err = r.Scan(&t.Hash, &t.Kind, &t.Name, &created, &expires, &used, &t.By)
 	t.Created, t.Expires, t.Used = stamp(created), stamp(expires), stamp(used)
 	return t, err
-}
-
-func flag(b bool) int64 {
-	if b {
-		return 1
-	}
-	return 0
 }
