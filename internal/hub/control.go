@@ -110,7 +110,7 @@ func (c *control) run(ctx context.Context) {
 		} else {
 			failures = 0
 		}
-		t := time.NewTimer(next)
+		t := time.NewTimer(min(next, renewal))
 		select {
 		case <-wake:
 		case <-sites:

@@ -31,7 +31,6 @@ import (
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/pyenv"
 	"github.com/pergolafl/pergola/internal/store"
-	"github.com/pergolafl/pergola/internal/store/sqlite"
 )
 
 // ConfigFile is the configuration's name in the hub's directory.
@@ -46,6 +45,7 @@ type Config struct {
 	Cache     string       `toml:"cache"`      // environments; "" = the user's cache folder
 	Apps      string       `toml:"apps"`       // folder with apps that lie ready, for a job's server.app-path; "" = none
 	SiteGrace job.Duration `toml:"site-grace"` // how long a site's agent may be away in a job; default the job's outage-tolerance
+	Store     string       `toml:"store"`      // postgres://…; "" = a file in the hub's directory
 	Mark      string       `toml:"mark"`       // begins the marks of this hub's programs; default "hub"
 }
 
@@ -57,7 +57,8 @@ type Hub struct {
 	dir  string
 	conf Config
 	log  *slog.Logger
-	db   *sqlite.DB
+	db   store.Store
+	id   string // by which it holds the leases of jobs
 	auth *pki.Authority
 	tls  *tls.Config
 
@@ -114,7 +115,10 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	if err := os.WriteFile(filepath.Join(dir, "reserve"), make([]byte, ballastBytes), 0o600); err != nil {
 		return nil, diskProblem(err)
 	}
-	if h.db, err = sqlite.Open(ctx, filepath.Join(dir, DatabaseFile)); err != nil {
+	if h.id, err = loadID(dir); err != nil {
+		return nil, err
+	}
+	if h.db, err = openStore(ctx, dir, h.conf.Store); err != nil {
 		return nil, err
 	}
 	return h, nil
@@ -135,6 +139,9 @@ const DatabaseFile = "pergola.db"
 func (c *Config) check() error {
 	if c.Listen == "" {
 		c.Listen = ":443"
+	}
+	if err := checkStore(c.Store); err != nil {
+		return err
 	}
 	if c.Cache == "" {
 		c.Cache = pyenv.DefaultCache()

@@ -223,17 +223,18 @@ func (s jobService) WatchJob(ctx context.Context, req *pb.WatchJobRequest, out p
 	if err != nil {
 		return err
 	}
-	wake, cancel := s.db.Subscribe(j.ID)
+	id := j.ID
+	wake, cancel := s.db.Subscribe(id)
 	defer cancel()
 	after := req.GetAfter()
 	for {
-		if j, err = s.db.Job(ctx, j.ID); err != nil {
+		if err := patiently(ctx, func() (err error) { j, err = s.db.Job(ctx, id); return err }); err != nil {
 			return err
 		}
 		// The state was read before the events, so a final state means that the last event is among them.
 		for {
-			es, err := s.db.Events(ctx, j.ID, after, 500)
-			if err != nil {
+			var es []job.Event
+			if err := patiently(ctx, func() (err error) { es, err = s.db.Events(ctx, id, after, 500); return err }); err != nil {
 				return err
 			}
 			for _, e := range es {
@@ -502,8 +503,8 @@ func (s siteService) WatchDesired(ctx context.Context, req *pb.WatchDesiredReque
 	defer s.siteDown(name)
 	var last string
 	for {
-		want, err := s.desired(ctx, name)
-		if err != nil {
+		var want []*pb.DesiredParty
+		if err := patiently(ctx, func() (err error) { want, err = s.desired(ctx, name); return err }); err != nil {
 			return err
 		}
 		if text := fmt.Sprint(want); text != last || last == "" {
