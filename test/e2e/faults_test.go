@@ -3,10 +3,13 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"database/sql"
+	"errors"
 	"flag"
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -16,8 +19,12 @@ import (
 	"testing"
 	"time"
 
+	_ "modernc.org/sqlite" // the store's own, to be in its way
+
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/config"
+	"github.com/pergolafl/pergola/internal/hub"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
@@ -30,12 +37,13 @@ var allFaults = flag.Bool("faults", false, "run every row of the table of faults
 // A fault is a row of the table: what happens to a job of a hub and two sites that run for years, and how the job has to end.
 // What holds for every row is checked by victim.end: the end comes in time, and nothing is left of the job anywhere.
 type fault struct {
-	name string // a sentence
-	app  string // "" = slow
-	flwr string // "" = oldFlwr
-	spec job.Spec
-	exit string // program:what, of a program that does something by itself; see testdata/fault
-	act  func(v *victim)
+	name   string // a sentence
+	app    string // "" = slow
+	flwr   string // "" = oldFlwr
+	spec   job.Spec
+	exit   string // program:what, of a program that does something by itself; see testdata/fault
+	begins bool   // it does so when it begins
+	act    func(v *victim)
 
 	state job.State // "" = failed
 	code  problem.Code
@@ -45,8 +53,9 @@ type fault struct {
 	limit time.Duration // from the event to the end; 0 = endLimit
 	sites []string      // those that run from the start; nil = both
 
-	fast bool // it is in every run of the tests
-	own  bool // its hub and sites serve no other row: they are hurt themselves
+	fast bool                           // it is in every run of the tests
+	own  bool                           // its hub and sites serve no other row: they are hurt themselves
+	prep func(t *testing.T, f *fleetOf) // before they start
 	more func(v *victim)
 }
 
@@ -58,13 +67,19 @@ var (
 	short    = job.Spec{RunConfig: []string{"sleep=4"}}  // ends by itself, with the numbers of two rounds
 	watchful = job.Spec{RunConfig: []string{"sleep=90"}, NoProgress: job.Duration(20 * time.Second)}
 	nervous  = job.Spec{RunConfig: []string{"sleep=90"}, OutageTolerance: job.Duration(15 * time.Second)}
-	patient  = job.Spec{RunConfig: []string{"sleep=15"}} // ends by itself after an outage in its first round
+	busy     = job.Spec{RunConfig: []string{"sleep=2", "num-server-rounds=40"}} // writes all the time
+	patient  = job.Spec{RunConfig: []string{"sleep=15"}}                        // ends by itself after an outage in its first round
 )
 
 const (
 	linkProgram = "flower-superlink"
 	appProgram  = "flower-server-app"
 	nodeProgram = "flower-supernode"
+
+	// The processes in which newer versions run apps, and the program that starts them.
+	newAppProgram    = "flwr-serverapp"
+	newClientProgram = "flwr-clientapp"
+	execProgram      = "flower-superexec"
 )
 
 var faults = []fault{
@@ -137,6 +152,83 @@ var faults = []fault{
 	{
 		name: "a supernode exits with 3", spec: long, exit: nodeProgram + ":3", act: triggered,
 		code: problem.ProgramFailed, party: "site-1", says: []string{nodeProgram, "exit code 3"},
+	},
+
+	// The same where each app runs in a process of its own.
+	{
+		name: "the superlink is stopped, newest flwr", flwr: newFlwr, spec: long, act: struck(job.HubParty, linkProgram, syscall.SIGSTOP),
+		code: problem.ProgramFailed, party: "hub", says: []string{linkProgram}, warns: []string{"SIGSTOP"},
+	},
+	{
+		name: "the superlink hangs, newest flwr", flwr: newFlwr, spec: watchful, exit: linkProgram + ":hang", act: triggered,
+		code: problem.NoProgress, says: []string{"20s"}, limit: 80 * time.Second,
+	},
+	{
+		name: "the server app's process is killed", flwr: newFlwr, spec: long, act: struck(job.HubParty, newAppProgram, syscall.SIGKILL),
+		code: problem.ProgramFailed, party: "hub", says: []string{"without a result"},
+	},
+	{
+		name: "the server app's process is stopped", flwr: newFlwr, spec: long, act: struck(job.HubParty, newAppProgram, syscall.SIGSTOP),
+		code: problem.ProgramFailed, party: "hub", says: []string{"without a result"}, warns: []string{"SIGSTOP"},
+	},
+	{
+		name: "the server app's process hangs", flwr: newFlwr, spec: watchful, exit: newAppProgram + ":hang", act: triggered,
+		code: problem.NoProgress, says: []string{"20s"}, limit: 80 * time.Second,
+	},
+	{
+		name: "the server app's process exits with 0", flwr: newFlwr, spec: long, exit: newAppProgram + ":0", act: triggered,
+		code: problem.ProgramFailed, party: "hub", says: []string{"without a result"},
+	},
+	{
+		name: "the server app's process exits with 3", flwr: newFlwr, spec: long, exit: newAppProgram + ":3", act: triggered,
+		code: problem.ProgramFailed, party: "hub", says: []string{"without a result"},
+	},
+	{
+		// The strategy goes on with the other site, as FedAvg does.
+		name: "a client app's process is killed", flwr: newFlwr, spec: short, act: struck("site-1", newClientProgram, syscall.SIGKILL),
+		state: job.Succeeded, limit: 2 * time.Minute,
+	},
+	{
+		name: "a client app's process is stopped", flwr: newFlwr, spec: short, act: struck("site-1", newClientProgram, syscall.SIGSTOP),
+		state: job.Succeeded, limit: 2 * time.Minute, warns: []string{"SIGSTOP"},
+	},
+	{
+		name: "a client app's process hangs", flwr: newFlwr, spec: watchful, exit: newClientProgram + ":hang", act: triggered,
+		code: problem.NoProgress, says: []string{"20s"}, limit: 80 * time.Second,
+	},
+	{
+		name: "a client app's process exits with 0", flwr: newFlwr, spec: short, exit: newClientProgram + ":0", act: triggered,
+		state: job.Succeeded, limit: 2 * time.Minute,
+	},
+	{
+		name: "a client app's process exits with 3", flwr: newFlwr, spec: short, exit: newClientProgram + ":3", act: triggered,
+		state: job.Succeeded, limit: 2 * time.Minute,
+	},
+	{
+		name: "a supernode's starter of apps is killed", flwr: newFlwr, spec: watchful, act: struck("site-1", execProgram, syscall.SIGKILL),
+		code: problem.ProgramFailed, party: "site-1", limit: 80 * time.Second,
+	},
+
+	// Programs that never get so far.
+	{
+		name: "the superlink hangs at its start", spec: job.Spec{Server: job.Server{ReadyTimeout: job.Duration(10 * time.Second)}}, exit: linkProgram + ":hang", begins: true,
+		code: problem.StartTimeout, party: "hub", says: []string{"10s"},
+	},
+	{
+		name: "the superlink exits with 0 at its start", spec: long, exit: linkProgram + ":0", begins: true,
+		code: problem.ProgramFailed, party: "hub", says: []string{linkProgram},
+	},
+	{
+		name: "a supernode hangs at its start", spec: job.Spec{Server: job.Server{ReadyTimeout: job.Duration(10 * time.Second)}}, exit: nodeProgram + ":hang", begins: true,
+		code: problem.StartTimeout, party: "hub", says: []string{"2 supernodes"},
+	},
+	{
+		name: "a supernode exits with 3 at its start", spec: long, exit: nodeProgram + ":3", begins: true,
+		code: problem.ProgramFailed, party: "site-1", says: []string{nodeProgram, "exit code 3"},
+	},
+	{
+		name: "the server app hangs at its start", spec: watchful, exit: appProgram + ":hang", begins: true,
+		code: problem.NoProgress, says: []string{"20s"}, limit: 80 * time.Second,
 	},
 
 	// The runners.
@@ -219,6 +311,53 @@ var faults = []fault{
 			v.strike()
 			v.agent().kill()
 		}, code: problem.SiteLost, party: "site-1", more: func(v *victim) { v.agent().start() },
+	},
+
+	{
+		name: "the hub comes back at another address", spec: patient, own: true, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+			v.f.hub.kill()
+			var conf hub.Config
+			path := filepath.Join(v.f.hub.dir, hub.ConfigFile)
+			if err := config.Read(path, &conf); err != nil {
+				v.Fatal(err)
+			}
+			conf.Listen = v.f.addrs[1]
+			if err := config.Write(path, conf); err != nil {
+				v.Fatal(err)
+			}
+			v.f.hub.start()
+		}, state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "hub and agents are replaced by a newer binary at the same place", spec: patient, own: true, prep: ownBinary, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+			newer(v.T, v.f.hub.exe)
+			for _, d := range append(slices.Clone(v.f.sites), v.f.hub) {
+				d.kill()
+			}
+			v.f.start()
+		}, state: job.Succeeded, limit: 2 * time.Minute, more: func(v *victim) {
+			sameNumbers(v)
+			v.another("")
+		},
+	},
+	{
+		name: "the hub's disk is full", spec: busy, own: true, prep: smallDiskOf(func(f *fleetOf) *daemon { return f.hub }), act: func(v *victim) { v.fillDisk(v.f.hub) },
+		code: problem.DiskFull, party: "hub", says: []string{"no space"}, more: func(v *victim) { v.another("full") },
+	},
+	{
+		name: "a site's disk is full", spec: busy, own: true, prep: smallDiskOf(func(f *fleetOf) *daemon { return f.sites[0] }), act: func(v *victim) { v.fillDisk(v.f.sites[0]) },
+		code: problem.DiskFull, party: "site-1", says: []string{"no space"}, more: func(v *victim) { v.another("full") },
+	},
+	{
+		name: "the store takes nothing for a minute", spec: patient, own: true, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+			v.lockStore(time.Minute)
+		}, state: job.Succeeded, limit: 3 * time.Minute, more: sameNumbers,
 	},
 
 	// Whole machines.
@@ -310,6 +449,9 @@ func TestFaults(t *testing.T) {
 			f := shared()
 			if c.own {
 				f = daemons(t, bothSites...)
+				if c.prep != nil {
+					c.prep(t, f)
+				}
 				f.hub.start()
 				for i, s := range f.sites {
 					if c.sites == nil || slices.Contains(c.sites, bothSites[i]) {
@@ -343,6 +485,7 @@ type victim struct {
 	more   chan struct{} // closed and replaced with each event
 	over   *job.Event    // the job's last move
 	at     time.Time     // when it came
+	took   time.Duration // from the event
 	seen   map[string]string
 }
 
@@ -360,7 +503,7 @@ func newVictim(t *testing.T, f *fleetOf, c fault) *victim {
 			t.Fatal(err)
 		}
 		env := map[string]string{"PYTHONPATH": dir, "FAULT_OF": program, "FAULT": what, "FAULT_WHEN": v.trigger}
-		if program == linkProgram || program == appProgram || program == "flwr-serverapp" {
+		if slices.Contains([]string{linkProgram, appProgram, newAppProgram}, program) {
 			s.Server.Env = env
 		} else {
 			s.Site.Named = map[string]job.Site{"site-1": {Env: env}}
@@ -369,6 +512,12 @@ func newVictim(t *testing.T, f *fleetOf, c fault) *victim {
 	app := c.app
 	if app == "" {
 		app = "slow"
+	}
+	if c.begins { // with the program
+		if err := os.WriteFile(v.trigger, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		v.strike()
 	}
 	v.id = f.submit(t, app, s)
 	go v.follow(t.Context())
@@ -509,7 +658,16 @@ func (v *victim) dirOf(party string) string {
 	if party == job.HubParty {
 		return v.f.hub.dir
 	}
-	return v.f.sites[slices.Index(bothSites, party)].dir
+	return v.f.sites[slices.Index(bothSites, party)].dir // as its processes know it
+}
+
+// partyDir is the party's directory as the test sees it.
+func (v *victim) partyDir(party string) string {
+	d := v.f.hub
+	if party != job.HubParty {
+		d = v.f.sites[slices.Index(bothSites, party)]
+	}
+	return d.sees(filepath.Join(d.dir, "jobs", string(v.id), "party"))
 }
 
 // processes gives those of the job at a party ("" = all), its runner among them.
@@ -579,7 +737,7 @@ func triggered(v *victim) {
 func runnerOf(party string, s syscall.Signal) func(*victim) {
 	return func(v *victim) {
 		v.round(1)
-		h, err := runner.Attach(filepath.Join(v.dirOf(party), "jobs", string(v.id), "party"))
+		h, err := runner.Attach(v.partyDir(party))
 		if err != nil {
 			v.Fatal(err)
 		}
@@ -612,7 +770,7 @@ func paused(which func(*victim) *daemon) func(*victim) {
 // killParty kills everything of the job at a party, its runner first so that it can note nothing.
 func (v *victim) killParty(party string) {
 	v.Helper()
-	h, err := runner.Attach(filepath.Join(v.dirOf(party), "jobs", string(v.id), "party"))
+	h, err := runner.Attach(v.partyDir(party))
 	if err != nil {
 		v.Fatal(err)
 	}
@@ -635,6 +793,109 @@ func (v *victim) powerCut() {
 	v.f.start()
 }
 
+// another submits a job that nothing happens to: hub and sites are as fit as before. If something is full, there is room first.
+func (v *victim) another(full string) {
+	v.Helper()
+	if full != "" {
+		for _, d := range append(slices.Clone(v.f.sites), v.f.hub) {
+			if err := os.Remove(d.sees(filepath.Join(d.dir, "filler"))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				v.Error(err)
+			}
+		}
+	}
+	w := newVictim(v.T, v.f, fault{spec: job.Spec{RunConfig: []string{"sleep=0.5"}}, limit: 3 * time.Minute})
+	w.strike()
+	w.end()
+	checkNumbers(v.T, w.events, 2)
+	w.nothingLeft()
+}
+
+// fillDisk takes all room that a daemon's disk has, as another program would.
+func (v *victim) fillDisk(d *daemon) {
+	v.Helper()
+	v.round(1)
+	v.strike()
+	f, err := os.OpenFile(d.sees(filepath.Join(d.dir, "filler")), os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		v.Fatal(err)
+	}
+	defer f.Close()
+	for size := 64 << 10; size > 0; {
+		if _, err = f.Write(make([]byte, size)); err == nil {
+			continue
+		}
+		if !errors.Is(err, syscall.ENOSPC) {
+			v.Fatal(err)
+		}
+		size /= 2
+	}
+}
+
+// smallDiskOf puts a daemon's directory on a disk of 24 MiB.
+func smallDiskOf(which func(*fleetOf) *daemon) func(*testing.T, *fleetOf) {
+	return func(t *testing.T, f *fleetOf) {
+		t.Helper()
+		if out, err := exec.Command("unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", t.TempDir()).CombinedOutput(); err != nil {
+			t.Skipf("this kernel lets no user mount a tmpfs in a namespace of its own: %v: %s", err, out)
+		}
+		d := which(f)
+		d.wrap = []string{"unshare", "-Urm", "sh", "-c", `cp -a "$0" "$1/was" && mount -t tmpfs -o size=24M,mode=700 tmpfs "$0" && cp -a "$1/was/." "$0/" && shift && exec "$@"`, d.dir, t.TempDir()}
+	}
+}
+
+// ownBinary has hub and agents run a copy of the command.
+func ownBinary(t *testing.T, f *fleetOf) {
+	t.Helper()
+	exe := filepath.Join(t.TempDir(), "pergola")
+	b, err := os.ReadFile(binary)
+	if err == nil {
+		err = os.WriteFile(exe, b, 0o700)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range append(slices.Clone(f.sites), f.hub) {
+		d.exe = exe
+	}
+}
+
+// newer puts another file in a binary's place, as a package manager does. What is behind an ELF file's end does not matter.
+func newer(t *testing.T, exe string) {
+	t.Helper()
+	b, err := os.ReadFile(exe)
+	if err == nil {
+		err = os.WriteFile(exe+".new", append(b, "newer"...), 0o700)
+	}
+	if err == nil {
+		err = os.Rename(exe+".new", exe)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// lockStore keeps the hub from writing into its store.
+func (v *victim) lockStore(d time.Duration) {
+	v.Helper()
+	db, err := sql.Open("sqlite", "file:"+filepath.Join(v.f.hub.dir, hub.DatabaseFile)+"?_pragma=busy_timeout(10000)")
+	if err != nil {
+		v.Fatal(err)
+	}
+	defer db.Close()
+	c, err := db.Conn(v.Context())
+	if err != nil {
+		v.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.ExecContext(v.Context(), "BEGIN EXCLUSIVE"); err != nil {
+		v.Fatal(err)
+	}
+	time.Sleep(d) // that is the fault
+	if _, err := c.ExecContext(v.Context(), "ROLLBACK"); err != nil {
+		v.Fatal(err)
+	}
+}
+
 func (v *victim) abort() {
 	v.Helper()
 	v.strike()
@@ -647,7 +908,7 @@ func (v *victim) abort() {
 func (v *victim) replay(site string) {
 	v.Helper()
 	var entries []*pb.JournalEntry
-	b, err := os.ReadFile(filepath.Join(v.dirOf(site), "jobs", string(v.id), "party", "journal.jsonl"))
+	b, err := os.ReadFile(filepath.Join(v.partyDir(site), "journal.jsonl"))
 	if err != nil {
 		v.Fatal(err)
 	}
@@ -697,7 +958,7 @@ func (v *victim) look() {
 		}
 	}
 	for _, party := range append([]string{job.HubParty}, bothSites...) {
-		if tmp := runner.TempDir(filepath.Join(v.dirOf(party), "jobs", string(v.id), "party")); tmp != "" {
+		if tmp := runner.TempDir(v.partyDir(party)); tmp != "" {
 			v.seen[tmp] = tmp
 		}
 	}
@@ -756,7 +1017,7 @@ func (v *victim) run() {
 	if to.Cause != nil {
 		cause = fmt.Sprintf(", %s of %q: %.200s", to.Cause.Code, to.Cause.Party, to.Cause.Msg)
 	}
-	v.Logf("%s%s, %.1f s after the event", to.To, cause, v.at.Sub(v.struck).Seconds())
+	v.Logf("%s%s, %.1f s after the event", to.To, cause, v.took.Seconds())
 	if v.Failed() {
 		v.Log(v.tail())
 	}
@@ -783,8 +1044,8 @@ func (v *victim) end() {
 			v.Fatalf("the job has not ended %s after the event:\n%s\nits processes:\n%s", limit+time.Minute, v.tail(), list(v.processes("")))
 		}
 	}
-	if took := v.at.Sub(v.struck); took > limit {
-		v.Errorf("the end came %.1f s after the event, want at most %s", took.Seconds(), limit)
+	if v.took = v.at.Sub(v.struck); v.took > limit {
+		v.Errorf("the end came %.1f s after the event, want at most %s", v.took.Seconds(), limit)
 	}
 }
 
@@ -809,12 +1070,12 @@ func (v *victim) nothingLeft() {
 			}
 		}
 		for _, s := range v.f.sites {
-			if dir := filepath.Join(s.dir, "jobs", string(v.id)); exists(dir) {
+			if dir := s.sees(filepath.Join(s.dir, "jobs", string(v.id))); exists(dir) {
 				left = append(left, "folder "+dir)
 			}
 		}
 		for _, name := range []string{"spec.json", "runner.json", "control.sock", "link.sock", "app", "flwr", "reserve"} {
-			if path := filepath.Join(v.f.hub.dir, "jobs", string(v.id), "party", name); exists(path) {
+			if path := filepath.Join(v.partyDir(job.HubParty), name); exists(path) {
 				left = append(left, "file "+path)
 			}
 		}

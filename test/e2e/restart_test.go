@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -28,6 +29,7 @@ import (
 	"github.com/pergolafl/pergola/internal/proc"
 	"github.com/pergolafl/pergola/internal/pyenv"
 	"github.com/pergolafl/pergola/internal/site"
+	"github.com/pergolafl/pergola/internal/uplink"
 )
 
 // A daemon is a hub or an agent that runs by itself, with a directory of its own.
@@ -36,6 +38,8 @@ type daemon struct {
 	role string // "hub" or "site"
 	dir  string
 	tmp  string
+	exe  string   // "" = the built command
+	wrap []string // a command that execs its arguments
 	cmd  *exec.Cmd
 	mu   sync.Mutex // guards out
 	out  bytes.Buffer
@@ -43,7 +47,12 @@ type daemon struct {
 
 func (s *daemon) start() {
 	s.t.Helper()
-	s.cmd = exec.CommandContext(context.Background(), binary, s.role, "--dir", s.dir)
+	exe := s.exe
+	if exe == "" {
+		exe = binary
+	}
+	args := append(slices.Clone(s.wrap), exe, s.role, "--dir", s.dir)
+	s.cmd = exec.CommandContext(context.Background(), args[0], args[1:]...)
 	s.cmd.Env = append(os.Environ(), "TMPDIR="+s.tmp)
 	w := lockedWriter{&s.mu, &s.out}
 	s.cmd.Stdout, s.cmd.Stderr = w, w
@@ -52,6 +61,14 @@ func (s *daemon) start() {
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+// sees gives the path by which the test sees a path of the daemon's, which may have file systems of its own.
+func (s *daemon) sees(path string) string {
+	if len(s.wrap) == 0 || s.cmd == nil {
+		return path
+	}
+	return filepath.Join("/proc", strconv.Itoa(s.cmd.Process.Pid), "root", path)
 }
 
 func (s *daemon) kill() {
@@ -67,7 +84,7 @@ type fleetOf struct {
 	hub    *daemon
 	sites  []*daemon
 	client *api.Client
-	addr   string // of the hub
+	addrs  []string // of the hub: where it is, and where it may be later
 	mark   string
 	auth   *pki.Authority
 
@@ -82,7 +99,7 @@ func daemons(t *testing.T, names ...string) *fleetOf {
 		t.Fatal(err)
 	}
 	root := t.TempDir()
-	addr := freeAddress(t)
+	addrs := []string{freeAddress(t), freeAddress(t)}
 	f := &fleetOf{mark: "restart", auth: auth}
 	keys := func(dir, name string, id pki.Identity) {
 		t.Helper()
@@ -108,14 +125,14 @@ func daemons(t *testing.T, names ...string) *fleetOf {
 	if err := auth.Save(f.hub.dir); err != nil {
 		t.Fatal(err)
 	}
-	write(filepath.Join(f.hub.dir, hub.ConfigFile), hub.Config{Listen: addr, Sites: names, Mark: f.mark})
+	write(filepath.Join(f.hub.dir, hub.ConfigFile), hub.Config{Listen: addrs[0], Sites: names, Mark: f.mark})
 	for _, n := range names {
 		s := &daemon{t: t, role: "site", dir: filepath.Join(root, n), tmp: root}
 		keys(s.dir, "site", pki.Identity{Kind: pki.KindSite, Name: n})
-		write(filepath.Join(s.dir, site.ConfigFile), site.Config{Name: n, Hub: addr, Mark: f.mark})
+		write(filepath.Join(s.dir, site.ConfigFile), site.Config{Name: n, Hub: addrs, Mark: f.mark})
 		f.sites = append(f.sites, s)
 	}
-	f.addr = addr
+	f.addrs = addrs
 	f.client = f.clientAs(t, pki.Identity{Kind: pki.KindUser, Name: "anna"})
 	t.Cleanup(func() {
 		for _, s := range append(f.sites, f.hub) {
@@ -146,7 +163,11 @@ func (f *fleetOf) clientAs(t *testing.T, id pki.Identity) *api.Client {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return api.NewClient(f.addr, pki.ClientTLS(cert, f.auth.Roots(), pki.HubName))
+	c, err := api.Dial(uplink.Config{Hubs: f.addrs, TLS: pki.ClientTLS(cert, f.auth.Roots(), pki.HubName)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 // submit packs an app as `pergola run` does, and submits it.
