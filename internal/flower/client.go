@@ -49,6 +49,7 @@ type Client struct {
 
 	mu       sync.Mutex // guards the rest
 	stopping bool
+	lame     *problem.Error // why it was ended although it ran
 }
 
 // StartClient starts a supernode. It does not wait until the supernode has reached the superlink: a
@@ -139,9 +140,14 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	watch, unwatch := context.WithCancel(context.WithoutCancel(ctx))
+	var watching sync.WaitGroup
+	watching.Go(func() { c.watchStarter(watch) })
 	go func() { // ends with the process: Stop waits for it
 		defer close(c.done)
 		<-c.node.Done()
+		unwatch()
+		watching.Wait()
 		handle(log.end())
 		c.party.ended(program, c.node)
 	}()
@@ -219,6 +225,9 @@ func (c *Client) Err() error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.lame != nil {
+		return c.lame
+	}
 	if c.stopping || c.node.Exit().OK() {
 		return nil
 	}

@@ -205,8 +205,8 @@ var faults = []fault{
 		state: job.Succeeded, limit: 2 * time.Minute,
 	},
 	{
-		name: "a supernode's starter of apps is killed", flwr: newFlwr, spec: watchful, act: struck("site-1", execProgram, syscall.SIGKILL),
-		code: problem.ProgramFailed, party: "site-1", limit: 80 * time.Second,
+		name: "a supernode's starter of apps is killed", flwr: newFlwr, spec: long, act: struck("site-1", execProgram, syscall.SIGKILL),
+		code: problem.ProgramFailed, party: "site-1", says: []string{execProgram},
 	},
 
 	// Programs that never get so far.
