@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # needs.sh python uv==VERSION   a Python >= 3.10 with venv, and uv (from PyPI where the machine has none)
 # needs.sh buf buf-bin==VERSION buf, from PyPI where the machine has none; without it lint goes on
+# needs.sh postgres             a Postgres server for the tests of the store; without it they are skipped
 # Whatever is fetched goes to .cache/tools and is linked from .cache/bin; says nothing when all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -53,6 +54,17 @@ python)
 buf)
   buf --version >/dev/null 2>&1 || fetch buf "$2" || say 'buf cannot be had'
   ;;
+postgres)
+  has_postgres() { command -v initdb >/dev/null || compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null; }
+  if ! has_postgres && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say 'installing postgresql'
+    # The tests start servers of their own; the package is to start none.
+    mkdir -p /etc/postgresql-common/createcluster.d
+    [ -e /etc/postgresql-common/createcluster.conf ] || echo 'create_main_cluster = false' >/etc/postgresql-common/createcluster.d/tests.conf
+    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends postgresql; } >&2 || true
+  fi
+  has_postgres || say 'no Postgres: the tests that need it are skipped (Debian: apt-get install postgresql)'
+  ;;
 *)
-  say "usage: needs.sh python|buf REQUIREMENT"; exit 2 ;;
+  say "usage: needs.sh python|buf|postgres [REQUIREMENT]"; exit 2 ;;
 esac

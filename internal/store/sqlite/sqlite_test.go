@@ -400,68 +400,59 @@ func BenchmarkAppend(b *testing.B) {
 	}
 }
 
-// A party begins anew in another attempt, and nothing that an earlier one says of itself counts after that.
-func TestAttempts(t *testing.T) {
-	ctx := t.Context()
-	db, err := Open(ctx, filepath.Join(t.TempDir(), "jobs.db"))
+// BenchmarkCreateJob is what a submission costs, by as many at a time as there are submitters.
+func BenchmarkCreateJob(b *testing.B) {
+	db, err := Open(b.Context(), filepath.Join(b.TempDir(), "jobs.db"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		if err := db.Close(); err != nil {
+			b.Error(err)
+		}
+	}()
+	b.RunParallel(func(p *testing.PB) {
+		for p.Next() {
+			if _, err := db.CreateJob(b.Context(), job.Job{Name: "x", Submitter: "ada", Created: time.Now()}, []string{"s1", "s2", "s3"}); err != nil {
+				b.Error(err)
+				return
+			}
+		}
+	})
+}
+
+// A store that another process holds is unavailable to writers, not to readers, and good again afterwards.
+func TestLocked(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "jobs.db")
+	db := open(t, path)
+	defer closeDB(t, db)
+	j, err := db.CreateJob(t.Context(), job.Job{Created: t0}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer db.Close()
-	now := time.Now()
-	j, err := db.CreateJob(ctx, job.Job{ID: job.NewID(now), Name: "x"}, []string{"a"})
+	holder := open(t, path)
+	defer closeDB(t, holder)
+	tx, err := holder.w.BeginTx(t.Context(), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	is := func(s job.PartyState, attempt int, caused bool) {
-		t.Helper()
-		ps, err := db.Parties(ctx, j.ID)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if p := ps[1]; p.State != s || p.Attempt != attempt || (p.Cause != nil) != caused {
-			t.Errorf("the party is %s in attempt %d, cause %v; want %s in %d", p.State, p.Attempt, p.Cause, s, attempt)
-		}
+	const n = 4 // more than one waits for the other's lock, the rest for the first
+	errs := make(chan error, n)
+	for range n {
+		go func() { errs <- db.Move(t.Context(), j.ID, job.Queued, nil, "", t0) }()
 	}
-	refused := func(what string, err error) {
-		t.Helper()
-		if _, ok := errors.AsType[*store.MoveError](err); !ok {
-			t.Errorf("%s: %v, want a refused move", what, err)
+	if _, err := db.Job(t.Context(), j.ID); err != nil {
+		t.Errorf("reading: %v", err)
+	}
+	for range n {
+		if err := <-errs; problem.CodeOf(err) != problem.Unavailable {
+			t.Errorf("writing: %v, want unavailable", err)
 		}
 	}
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Error(err)
-		}
+	if err := tx.Rollback(); err != nil {
+		t.Fatal(err)
 	}
-	refused("a new attempt of one that has not begun", db.Again(ctx, j.ID, "a", "", now))
-	for _, s := range []job.State{job.Queued, job.Preparing} {
-		must(db.Move(ctx, j.ID, s, nil, "", now))
+	if err := db.Move(t.Context(), j.ID, job.Queued, nil, "", t0); err != nil {
+		t.Errorf("after the lock: %v", err)
 	}
-	must(db.MoveAttempt(ctx, j.ID, "a", 0, job.PartyPreparing, nil, "", now))
-	must(db.MoveAttempt(ctx, j.ID, "a", 0, job.PartyFailed, nil, "", now))
-	is(job.PartyFailed, 0, true)
-	must(db.Again(ctx, j.ID, "a", "it is back", now))
-	is(job.PartyAbsent, 1, false)
-	must(db.MoveAttempt(ctx, j.ID, "a", 0, job.PartyDone, nil, "", now))
-	is(job.PartyAbsent, 1, false)
-	must(db.MoveAttempt(ctx, j.ID, "a", 1, job.PartyPreparing, nil, "", now))
-	is(job.PartyPreparing, 1, false)
-	es, err := db.Events(ctx, j.ID, 0, 0)
-	must(err)
-	var last job.PartyStateChange
-	for _, e := range es {
-		if c := (job.PartyStateChange{}); e.Kind == job.KindPartyState && e.Decode(&c) == nil && c.To == job.PartyAbsent {
-			last = c
-		}
-	}
-	if last.Attempt != 1 || last.From != job.PartyFailed || last.Reason != "it is back" {
-		t.Errorf("the event says %+v", last)
-	}
-	if err := db.Again(ctx, j.ID, "nobody", "", now); problem.CodeOf(err) != problem.NotFound {
-		t.Errorf("a new attempt of nobody: %v", err)
-	}
-	must(db.Move(ctx, j.ID, job.Stopping, nil, "", now))
-	refused("a new attempt in a job that ends", db.Again(ctx, j.ID, "a", "", now))
 }

@@ -17,6 +17,9 @@ import (
 
 const jobColumns = "id, name, key, submitter, bundle, state, reason, cause, spec, created, started, ended"
 
+// maxIndexed is the longest text by which a job can be found, in bytes: Postgres takes 2,704 in an index, and one has two of them.
+const maxIndexed = 1000
+
 // CreateJob stores a new job in state submitted, with the hub and the sites as absent parties and its
 // first event. A zero ID or Created is filled in. If the same submitter has used the same non-empty
 // key before, that job is given back, as it is now, and nothing is stored.
@@ -35,6 +38,11 @@ func (db *DB) CreateJob(ctx context.Context, j job.Job, sites []string) (job.Job
 	for _, s := range sites {
 		if err := job.CheckName("site", s); err != nil {
 			return job.Job{}, err
+		}
+	}
+	for _, f := range []struct{ what, text string }{{"key", j.Key}, {"name", j.Name}, {"submitter", j.Submitter}, {"bundle", j.Bundle}} {
+		if len(f.text) > maxIndexed {
+			return job.Job{}, problem.New(problem.Usage, "shorten it", "the %s of the job has %d bytes; %d are the most", f.what, len(f.text), maxIndexed)
 		}
 	}
 	spec, err := json.Marshal(j.Spec)

@@ -2,6 +2,7 @@ package storetest
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -410,5 +411,159 @@ func testTokenRace(t *testing.T, open Opener) {
 	wg.Wait()
 	if got := count(used); got != 1 {
 		t.Errorf("%d used the token", got)
+	}
+}
+
+// A party begins anew in another attempt, and nothing that an earlier one says of itself counts after that.
+func testAttempts(t *testing.T, open Opener) {
+	ctx := t.Context()
+	db := start(t, open)
+	now := time.Now()
+	j, err := db.CreateJob(ctx, job.Job{ID: job.NewID(now), Name: "x"}, []string{"a"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	is := func(s job.PartyState, attempt int, caused bool) {
+		t.Helper()
+		ps, err := db.Parties(ctx, j.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if p := ps[1]; p.State != s || p.Attempt != attempt || (p.Cause != nil) != caused {
+			t.Errorf("the party is %s in attempt %d, cause %v; want %s in %d", p.State, p.Attempt, p.Cause, s, attempt)
+		}
+	}
+	refused := func(what string, err error) {
+		t.Helper()
+		if _, ok := errors.AsType[*store.MoveError](err); !ok {
+			t.Errorf("%s: %v, want a refused move", what, err)
+		}
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	refused("a new attempt of one that has not begun", db.Again(ctx, j.ID, "a", "", now))
+	for _, s := range []job.State{job.Queued, job.Preparing} {
+		must(db.Move(ctx, j.ID, s, nil, "", now))
+	}
+	must(db.MoveAttempt(ctx, j.ID, "a", 0, job.PartyPreparing, nil, "", now))
+	must(db.MoveAttempt(ctx, j.ID, "a", 0, job.PartyFailed, nil, "", now))
+	is(job.PartyFailed, 0, true)
+	must(db.Again(ctx, j.ID, "a", "it is back", now))
+	is(job.PartyAbsent, 1, false)
+	must(db.MoveAttempt(ctx, j.ID, "a", 0, job.PartyDone, nil, "", now))
+	is(job.PartyAbsent, 1, false)
+	must(db.MoveAttempt(ctx, j.ID, "a", 1, job.PartyPreparing, nil, "", now))
+	is(job.PartyPreparing, 1, false)
+	es, err := db.Events(ctx, j.ID, 0, 0)
+	must(err)
+	var last job.PartyStateChange
+	for _, e := range es {
+		if c := (job.PartyStateChange{}); e.Kind == job.KindPartyState && e.Decode(&c) == nil && c.To == job.PartyAbsent {
+			last = c
+		}
+	}
+	if last.Attempt != 1 || last.From != job.PartyFailed || last.Reason != "it is back" {
+		t.Errorf("the event says %+v", last)
+	}
+	if err := db.Again(ctx, j.ID, "nobody", "", now); problem.CodeOf(err) != problem.NotFound {
+		t.Errorf("a new attempt of nobody: %v", err)
+	}
+	must(db.Move(ctx, j.ID, job.Stopping, nil, "", now))
+	refused("a new attempt in a job that ends", db.Again(ctx, j.ID, "a", "", now))
+}
+
+// testTexts has what apps and people write: databases differ in what they take.
+func testTexts(t *testing.T, open Opener) {
+	db := start(t, open)
+	for i, s := range []string{"a\x00b", "c\xffd", "\xc3", "a\u2028b", "👩‍🔬", "'; DROP TABLE job; --", "$1 ? %s \\", strings.Repeat("ä", 500)} {
+		want := strings.ReplaceAll(strings.ToValidUTF8(s, "\ufffd"), "\x00", "\ufffd")
+		j := submit(t, db, job.Job{ID: job.NewID(t0.Add(time.Duration(i))), Name: s, Key: s, Submitter: s, Bundle: s, Reason: s}, "s1")
+		if again := submit(t, db, job.Job{Key: s, Submitter: s, Created: t0}); again.ID != j.ID {
+			t.Errorf("%.20q: the same key gives another job", s)
+		}
+		ok(t, db.MoveParty(t.Context(), j.ID, "s1", job.PartyFailed, problem.New(problem.AppError, s, "%s", s), s, t0))
+		_, _, err := db.Append(t.Context(), job.Event{Job: j.ID, Party: "s1", Kind: s, At: t0}, 1)
+		ok(t, err)
+		got := get(t, db, j.ID)
+		if got.Name != want || got.Reason != want || got.Submitter != want {
+			t.Errorf("%.20q is read back as %.20q, %.20q, %.20q", s, got.Name, got.Reason, got.Submitter)
+		}
+		ps, err := db.Parties(t.Context(), j.ID)
+		ok(t, err)
+		if ps[1].Reason != want || ps[1].Cause == nil {
+			t.Errorf("%.20q is read back as %.20q", s, ps[1].Reason)
+		}
+		ok(t, db.SetReason(t.Context(), j.ID, strings.Repeat(s, 1000)))
+		if js, err := db.Jobs(t.Context(), store.Filter{Name: s, Submitter: s}); err != nil || len(js) != 1 {
+			t.Errorf("%.20q finds %d jobs, %v", s, len(js), err)
+		}
+		_, err = db.Job(t.Context(), job.ID(s))
+		code(t, err, problem.NotFound)
+	}
+}
+
+func testLongTexts(t *testing.T, open Opener) {
+	db := start(t, open)
+	long := strings.Repeat("x", 1001)
+	for _, j := range []job.Job{{Key: long}, {Name: long}, {Submitter: long}, {Bundle: long}} {
+		j.Created = t0
+		_, err := db.CreateJob(t.Context(), j, nil)
+		code(t, err, problem.Usage)
+	}
+}
+
+// testManyWriters is what a cursor is good for: no number comes to light below one that was seen.
+func testManyWriters(t *testing.T, open Opener) {
+	a, b := start(t, open), start(t, open)
+	j := create(t, a)
+	const each = 60
+	stop, done := make(chan struct{}), make(chan []int64)
+	go func() { // a reader that goes on from what it has seen
+		var seen []int64
+		last := false
+		for {
+			after := int64(0)
+			if len(seen) > 0 {
+				after = seen[len(seen)-1]
+			}
+			es, err := b.Events(t.Context(), "", after, 0)
+			if err != nil {
+				t.Error(err)
+			}
+			for _, e := range es {
+				seen = append(seen, e.Seq)
+			}
+			if len(es) > 0 {
+				continue
+			}
+			if last || err != nil {
+				done <- seen
+				return
+			}
+			select {
+			case <-stop:
+				last = true
+			default:
+			}
+		}
+	}()
+	var wg sync.WaitGroup
+	for w := range 4 {
+		wg.Go(func() {
+			for range each {
+				if _, _, err := []DB{a, b}[w%2].Append(t.Context(), job.Event{Job: j.ID, Kind: job.KindNote, At: t0}, 0); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	close(stop)
+	if seen := <-done; len(seen) != 4*each+1 {
+		t.Errorf("the reader has seen %d events of %d", len(seen), 4*each+1)
 	}
 }
