@@ -115,11 +115,11 @@ clean: ## Remove what was built; the caches stay (remove .cache/ for those)
 
 ##@ Tools (the targets above call these)
 
-.PHONY: needs
+.PHONY: needs needs-postgres needs-buf
 needs: ## See to it that Python and uv are there
 	@tools/needs.sh python uv==$(UV_VERSION)
 
-.PHONY: needs-buf
+.PHONY: needs-postgres needs-buf
 needs-postgres:
 	@tools/needs.sh postgres
 
