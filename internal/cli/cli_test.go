@@ -3,6 +3,7 @@ package cli
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"io/fs"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/localrun"
 	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/store/sqlite"
 )
 
 func TestMain(m *testing.M) {
@@ -31,8 +33,18 @@ func TestScripts(t *testing.T) {
 			e.Setenv("PERGOLA_PYTHON", "")
 			return nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "untouched": untouched, "summary": summary},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "untouched": untouched, "summary": summary, "store": newStore},
 	})
+}
+
+// newStore makes the store of a hub that has run: store PATH.
+func newStore(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: store PATH")
+	}
+	db, err := sqlite.Open(context.Background(), ts.MkAbs(args[0]))
+	ts.Check(err)
+	ts.Check(db.Close())
 }
 
 // exits runs `pergola` and wants an exit status: exits 2 run app --sites 0.

@@ -59,6 +59,7 @@ func newHub(e env) *cobra.Command {
 		},
 	}
 	f.add(c, "the hub's directory")
+	c.AddCommand(newHubBackup(e))
 	return c
 }
 

@@ -74,9 +74,9 @@ var _ store.Store = (*DB)(nil)
 // as libpq's words (a unix socket's folder is a host, too), and brings its tables up to date. What the url does not say comes from
 // libpq's environment and files, such as PGPASSFILE. Tables of a newer Pergola are refused with code version.
 func Open(ctx context.Context, url string) (*DB, error) {
-	conf, err := pgx.ParseConfig(url)
-	if err != nil { // its text leaves the password out
-		return nil, problem.Wrap(err, problem.Usage, "write it as postgres://USER@HOST/DATABASE", "the store's address cannot be read")
+	conf, err := parse(url)
+	if err != nil {
+		return nil, err
 	}
 	if conf.ConnectTimeout == 0 {
 		conf.ConnectTimeout = connectTimeout
@@ -89,7 +89,7 @@ func Open(ctx context.Context, url string) (*DB, error) {
 			conf.RuntimeParams[k] = v
 		}
 	}
-	db := &DB{name: fmt.Sprintf("%s at %s", conf.Database, conf.Host), origin: rand.Text(), conf: conf}
+	db := &DB{name: name(conf), origin: rand.Text(), conf: conf}
 	db.w, db.r = stdlib.OpenDB(*conf), stdlib.OpenDB(*conf)
 	db.w.SetMaxOpenConns(1) // there is one writer at a time: a queue here beats one in the server
 	db.r.SetMaxOpenConns(readers)
@@ -116,10 +116,32 @@ func (db *DB) Close() error {
 }
 
 // Backup is refused: the database's own tools do that.
-func (db *DB) Backup(context.Context, string) error {
-	return problem.New(problem.Usage, "copy it with: pg_dump --format=custom --file=FILE "+db.conf.Database,
-		"the store is the Postgres database %s, and copied by Postgres's own tools", db.name)
+func (db *DB) Backup(context.Context, string) error { return noBackup(db.conf) }
+
+// NoBackup is Backup's refusal for the database at url, which need not be reached for that.
+func NoBackup(url string) error {
+	conf, err := parse(url)
+	if err != nil {
+		return err
+	}
+	return noBackup(conf)
 }
+
+func noBackup(conf *pgx.ConnConfig) error {
+	return problem.New(problem.Usage, "copy it with: pg_dump --format=custom --file=FILE "+conf.Database,
+		"the store is the Postgres database %s, and copied by Postgres's own tools", name(conf))
+}
+
+func parse(url string) (*pgx.ConnConfig, error) {
+	conf, err := pgx.ParseConfig(url)
+	if err != nil { // its text leaves the password out
+		return nil, problem.Wrap(err, problem.Usage, "write it as postgres://USER@HOST/DATABASE", "the store's address cannot be read")
+	}
+	return conf, nil
+}
+
+// name names the database for people, without the password.
+func name(conf *pgx.ConnConfig) string { return conf.Database + " at " + conf.Host }
 
 func (db *DB) migrate(ctx context.Context) (err error) {
 	d := dialect{db}

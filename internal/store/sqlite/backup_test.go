@@ -10,6 +10,23 @@ import (
 	"github.com/pergolafl/pergola/internal/store"
 )
 
+// A backup of an older Pergola's store does not bring its tables up to date: the hub that uses it may still run.
+func TestBackupChangesNothing(t *testing.T) {
+	dir := t.TempDir()
+	db := open(t, filepath.Join(dir, "jobs.db"))
+	if _, err := db.w.ExecContext(t.Context(), "DELETE FROM goose_db_version WHERE version_id = 3"); err != nil {
+		t.Fatal(err)
+	}
+	defer closeDB(t, db)
+	if err := db.Backup(t.Context(), filepath.Join(dir, "copy")); err != nil {
+		t.Fatal(err)
+	}
+	var n int
+	if err := db.r.QueryRowContext(t.Context(), "SELECT max(version_id) FROM goose_db_version").Scan(&n); err != nil || n != 2 {
+		t.Errorf("version %d, %v", n, err)
+	}
+}
+
 // A backup that is made while a writer writes is one moment's store, and opens as one.
 func TestBackup(t *testing.T) {
 	dir := t.TempDir()
@@ -50,6 +67,9 @@ func TestBackup(t *testing.T) {
 	}
 	if err := db.Backup(t.Context(), filepath.Join(dir, "no", "folder")); problem.CodeOf(err) != problem.Usage {
 		t.Errorf("a backup to nowhere: %v", err)
+	}
+	if err := Copy(t.Context(), filepath.Join(dir, "none.db"), filepath.Join(dir, "x")); problem.CodeOf(err) != problem.NotFound {
+		t.Errorf("a backup of nothing: %v", err)
 	}
 	if fs, err := os.ReadDir(filepath.Dir(path)); err != nil || len(fs) != 1 {
 		t.Errorf("beside the backup: %v, %v", fs, err)

@@ -36,7 +36,6 @@ var migrations embed.FS
 type DB struct {
 	*sqlstore.DB
 	path string
-	uri  string  // of path, up to and with the question mark
 	w    *sql.DB // one connection: SQLite has one writer, and a queue in front of it beats SQLITE_BUSY
 	r    *sql.DB
 }
@@ -55,8 +54,9 @@ func (d dialect) Trouble(err error, doing string) error        { return d.db.tro
 // readers go on beside the writer; FULL syncs at each commit, as "written before it is acted upon"
 // demands.
 const (
-	writerDSN = "_pragma=busy_timeout(5000)&_pragma=journal_mode(wal)&_pragma=synchronous(full)&_pragma=foreign_keys(1)&_txlock=immediate"
-	readerDSN = "_pragma=busy_timeout(5000)&_pragma=query_only(1)"
+	busyDSN   = "_pragma=busy_timeout(5000)"
+	writerDSN = busyDSN + "&_pragma=journal_mode(wal)&_pragma=synchronous(full)&_pragma=foreign_keys(1)&_txlock=immediate"
+	readerDSN = busyDSN + "&_pragma=query_only(1)"
 )
 
 // lockPatience is how long another process's lock is waited for, as in busy_timeout above.
@@ -77,16 +77,14 @@ func Open(ctx context.Context, path string) (*DB, error) {
 	if err := create(abs); err != nil {
 		return nil, db.trouble(err, "open the store")
 	}
-	// A path is not a URI: "?" and "%" in it are escaped.
-	db.uri = "file:" + (&url.URL{Path: abs}).EscapedPath() + "?"
-	if db.w, err = sql.Open("sqlite", db.uri+writerDSN); err != nil {
+	if db.w, err = sql.Open("sqlite", uri(abs)+writerDSN); err != nil {
 		return nil, db.trouble(err, "open the store")
 	}
 	db.w.SetMaxOpenConns(1)
 	if err := db.migrate(ctx); err != nil {
 		return nil, errors.Join(err, db.w.Close())
 	}
-	if db.r, err = sql.Open("sqlite", db.uri+readerDSN); err != nil {
+	if db.r, err = sql.Open("sqlite", uri(abs)+readerDSN); err != nil {
 		return nil, errors.Join(db.trouble(err, "open the store"), db.w.Close())
 	}
 	db.r.SetMaxOpenConns(readers)
@@ -97,6 +95,9 @@ func Open(ctx context.Context, path string) (*DB, error) {
 	db.DB = sqlstore.New(db.w, db.r, dialect{db})
 	return db, nil
 }
+
+// uri gives the beginning of the URI of an absolute path, which is none itself: "?" and "%" in it are escaped.
+func uri(path string) string { return "file:" + (&url.URL{Path: path}).EscapedPath() + "?" }
 
 // create makes an empty file that only its owner may read; SQLite's own would follow the umask, and
 // the files beside it take its mode. A file that is there is not opened: closing it again would drop the locks
