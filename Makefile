@@ -92,7 +92,8 @@ fuzz: ## Run every fuzz target for FUZZTIME
 	tools/fuzz.sh $(FUZZTIME) $(filter-out ./...,$(PKG))
 
 .PHONY: soak
-soak: ## Run every fuzz target, and faults of the link by random seeds, for SOAKTIME each
+soak: ## Run the whole table of faults, then every fuzz target and faults of the link by random seeds, for SOAKTIME each
+	$(GO) test ./test/e2e -run TestFaults -faults -long-faults -timeout 90m
 	$(GO) test ./test/e2e -run TestLargeParameters -big -timeout 30m
 	$(GO) test ./test/chaos -run TestSoak -timeout 0 -soak $(SOAKTIME)
 	tools/fuzz.sh $(SOAKTIME) $(filter-out ./...,$(PKG))

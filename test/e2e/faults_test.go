@@ -32,7 +32,11 @@ import (
 )
 
 // With -faults the whole table runs; otherwise only its rows that are marked fast.
-var allFaults = flag.Bool("faults", false, "run every row of the table of faults")
+var (
+	allFaults  = flag.Bool("faults", false, "run every row of the table of faults")
+	longFaults = flag.Bool("long-faults", false, "run the rows of the table of faults that take long, too")
+	writeDocs  = flag.Bool("write-docs", false, "write the table of faults into docs/faults.md")
+)
 
 // A fault is a row of the table: what happens to a job of a hub and two sites that run for years, and how the job has to end.
 // What holds for every row is checked by victim.end: the end comes in time, and nothing is left of the job anywhere.
@@ -53,6 +57,7 @@ type fault struct {
 	limit time.Duration // from the event to the end; 0 = endLimit
 	sites []string      // those that run from the start; nil = both
 
+	soak bool                           // it takes a quarter of an hour, and is there with -long-faults only
 	fast bool                           // it is in every run of the tests
 	own  bool                           // its hub and sites serve no other row: they are hurt themselves
 	prep func(t *testing.T, f *fleetOf) // before they start
@@ -413,6 +418,12 @@ var faults = []fault{
 
 	// Logs and reports.
 	{
+		name: "a client app prints 10 GB", app: "faulty", soak: true, spec: job.Spec{RunConfig: []string{`fault="mebibytes"`, "mebibytes=10240"}}, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+		}, state: job.Succeeded, limit: 30 * time.Minute, more: sameNumbers,
+	},
+	{
 		name: "a client app prints 100,000 lines a second", app: "faulty", spec: job.Spec{RunConfig: []string{`fault="lines"`, "rate=100000", "seconds=10"}}, act: func(v *victim) {
 			v.round(1)
 			v.strike()
@@ -440,8 +451,8 @@ func TestFaults(t *testing.T) {
 	shared() // before the rows run, on this test's own goroutine
 	for _, c := range faults {
 		t.Run(c.name, func(t *testing.T) {
-			if !c.fast && !*allFaults {
-				t.Skip("a row of the whole table: run with -faults (make soak)")
+			if c.soak && !*longFaults || !c.fast && !*allFaults {
+				t.Skip("a row of the whole table: run with -faults, or -faults -long-faults (make soak)")
 			}
 			t.Parallel()
 			idle <- struct{}{}
@@ -461,6 +472,61 @@ func TestFaults(t *testing.T) {
 			}
 			newVictim(t, f, c).run()
 		})
+	}
+}
+
+// The table in docs/faults.md is the table of this test.
+func TestFaultsAreDocumented(t *testing.T) {
+	const begin, end = "<!-- table: written by go test ./test/e2e -run TestFaultsAreDocumented -write-docs -->\n", "<!-- end of the table -->\n"
+	path := "../../docs/faults.md"
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	head, rest, ok := strings.Cut(string(b), begin)
+	_, tail, ok2 := strings.Cut(rest, end)
+	if !ok || !ok2 {
+		t.Fatalf("%s has no place for the table", path)
+	}
+	var w strings.Builder
+	w.WriteString("\n| what happens | the job | cause | party | at most after |\n|---|---|---|---|---|\n")
+	names := map[string]bool{}
+	for _, c := range faults {
+		if names[c.name] {
+			t.Errorf("two rows are called %q", c.name)
+		}
+		names[c.name] = true
+		state, code, limit := c.state, "", c.limit
+		if state == "" {
+			state = job.Failed
+		}
+		if c.code != "" {
+			code = fmt.Sprintf("[%s](causes.md#%[1]s)", c.code)
+		}
+		if limit == 0 {
+			limit = endLimit
+		}
+		setting := ""
+		switch {
+		case c.spec.NoProgress > 0:
+			setting = fmt.Sprintf(", with no-progress %s", c.spec.NoProgress)
+		case c.spec.OutageTolerance > 0:
+			setting = fmt.Sprintf(", with outage-tolerance %s", c.spec.OutageTolerance)
+		case c.spec.Server.ReadyTimeout > 0:
+			setting = fmt.Sprintf(", with ready-timeout %s", c.spec.Server.ReadyTimeout)
+		}
+		fmt.Fprintf(&w, "| %s%s | %s | %s | %s | %.0f s |\n", c.name, setting, state, code, c.party, limit.Seconds())
+	}
+	w.WriteString("\n")
+	want := head + begin + w.String() + end + tail
+	if want == string(b) {
+		return
+	}
+	if !*writeDocs {
+		t.Fatalf("%s is not what the table says: run go test ./test/e2e -run TestFaultsAreDocumented -write-docs", path)
+	}
+	if err := os.WriteFile(path, []byte(want), 0o600); err != nil {
+		t.Fatal(err)
 	}
 }
 

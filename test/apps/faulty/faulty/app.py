@@ -2,7 +2,7 @@
 
 ignore-term  ignores SIGTERM, as does a child in a session of its own, and never returns
 lines        prints `rate` numbered lines a second for `seconds` seconds
-mebibytes    prints `mebibytes` MiB, as fast as it can
+mebibytes    prints `mebibytes` MiB at one site, as fast as it can
 """
 
 import ctypes
@@ -58,7 +58,7 @@ class Client(NumPyClient):
                 ignore_term()
             elif run["fault"] == "lines":
                 lines(1, int(run["rate"]), int(run["seconds"]))
-            elif run["fault"] == "mebibytes":
+            elif run["fault"] == "mebibytes" and self.partition == 0:
                 mebibytes(int(run["mebibytes"]))
         return [parameters[0] + 1 + self.partition], 10, {"sum": float(parameters[0].sum())}
 
