@@ -67,6 +67,8 @@ var layer = map[string]int{
 
 	"hub":      4,
 	"localrun": 4,
+	"prepare":  4,
+	"client":   4,
 	"runner":   4,
 	"site":     4,
 
@@ -80,6 +82,7 @@ var beside = map[string]bool{
 	"api job":                       true, // it has the wire's forms of what job has
 	"hub runner":                    true, // each starts runners and reads their journals;
 	"site runner":                   true, // a runner knows neither
+	"localrun prepare":              true, // the same app, the same bundle as for a hub that runs for years
 	"localrun hub":                  true, // it writes the configuration that the processes it starts read
 	"localrun site":                 true,
 	"localrun runner":               true, // the leash by which runners end with it

@@ -2,7 +2,6 @@ package localrun
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"io"
 	"time"
@@ -14,50 +13,17 @@ import (
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/bundle"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/prepare"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/proc"
 )
 
 func (r *run) submit(ctx context.Context, c *api.Client, packed *bundle.Bundle) (job.ID, error) {
-	up, err := c.Bundles.UploadBundle(ctx)
-	if err != nil {
+	if err := prepare.Upload(ctx, c, packed); err != nil {
 		return "", err
 	}
-	pr, pw := io.Pipe()
-	var g errgroup.Group
-	g.Go(func() error {
-		err := packed.Write(pw)
-		pw.CloseWithError(err) // nil: end of file
-		return err
-	})
-	buf := make([]byte, api.MaxChunk)
-	for {
-		n, err := io.ReadFull(pr, buf)
-		if n > 0 {
-			if e := up.Send(&pb.UploadBundleRequest{Digest: packed.Digest, Data: buf[:n]}); e != nil {
-				break // CloseAndReceive says why
-			}
-		}
-		if err != nil {
-			break
-		}
-	}
-	_ = pr.Close() // never fails
-	if err := g.Wait(); err != nil && !errors.Is(err, io.ErrClosedPipe) {
-		return "", err
-	}
-	if _, err := up.CloseAndReceive(); err != nil {
-		return "", err
-	}
-	spec, err := json.Marshal(r.spec)
-	if err != nil {
-		return "", err
-	}
-	res, err := c.Jobs.SubmitJob(ctx, &pb.SubmitJobRequest{Name: jobName(r.app.Name), BundleDigest: packed.Digest, SpecJson: string(spec)})
-	if err != nil {
-		return "", err
-	}
-	return job.ID(res.GetJob().GetId()), nil
+	j, err := r.app.Submit(ctx, c, packed.Digest, "")
+	return job.ID(j.GetId()), err
 }
 
 // killPatience is how long a job has to end at once before this command ends it.

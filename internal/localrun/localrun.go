@@ -13,14 +13,13 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/pergolafl/pergola/internal/bundle"
-	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/prepare"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/pyenv"
 )
@@ -104,10 +103,8 @@ const Engine = "flower"
 // run is one `pergola run`.
 type run struct {
 	opt   Options
-	spec  job.Spec
 	dir   string // of the app
-	app   *flower.App
-	lock  pyenv.Lock
+	app   *prepare.App
 	out   string // absolute
 	state string // out/.state: everything that goes at the end but the store
 	cache string
@@ -223,7 +220,7 @@ func (r *run) prepare(ctx context.Context) (*bundle.Bundle, error) {
 	if err := r.makeLock(ctx); err != nil {
 		return nil, err
 	}
-	return r.pack()
+	return r.app.Pack()
 }
 
 func aborted() *problem.Error {
@@ -232,54 +229,13 @@ func aborted() *problem.Error {
 
 // look reads the app and puts its settings together; what is wrong with either is said before anything starts.
 func (r *run) look() error {
-	app, err := flower.LoadApp(r.dir)
+	app, err := prepare.Look(r.dir, prepare.Flags{Spec: r.opt.Spec, StrictClients: r.opt.StrictClients})
 	if err != nil {
 		return err
 	}
 	r.app = app
 	r.summary.App = app.Name
-	spec, err := job.ParseSpec(app.Pyproject, filepath.Join(r.dir, "pyproject.toml"))
-	if err != nil {
-		return err
-	}
-	f := r.opt.Spec
-	if f.Engine != "" {
-		spec.Engine = f.Engine
-	}
-	for _, d := range []struct{ to, from *job.Duration }{{&spec.Deadline, &f.Deadline}, {&spec.NoProgress, &f.NoProgress}, {&spec.StartTimeout, &f.StartTimeout}, {&spec.OutageTolerance, &f.OutageTolerance}, {&spec.JoinWait, &f.JoinWait}} {
-		if *d.from != 0 {
-			*d.to = *d.from
-		}
-	}
-	if f.MinSites != 0 {
-		spec.MinSites = f.MinSites
-	}
-	if len(f.MandatorySites) > 0 {
-		spec.MandatorySites = f.MandatorySites
-	}
-	if s := r.opt.StrictClients; s != nil {
-		spec.StrictClients = *s
-	}
-	for k, v := range f.Site.Env {
-		if spec.Site.Env == nil {
-			spec.Site.Env = map[string]string{}
-		}
-		spec.Site.Env[k] = v
-	}
-	var overrides []string
-	if spec.Server.Args, overrides, err = flower.SplitArgs(spec.Server.Args); err != nil {
-		return err
-	}
-	overrides = slices.Concat(spec.RunConfig, overrides, f.RunConfig)
-	if err := app.Override(overrides); err != nil {
-		return err
-	}
-	// As pairs: a file among them is on this machine alone.
-	if spec.RunConfig, err = flower.RunConfig(overrides); err != nil {
-		return err
-	}
-	spec.Flwr = f.Flwr
-	spec.App = job.App{Name: app.Name, Version: app.Version}
+	spec := &app.Spec
 	n := r.opt.Sites
 	if n == 0 {
 		if n = max(minSites, spec.MinSites, len(spec.MandatorySites)); len(spec.Sites) > 0 {
@@ -298,65 +254,22 @@ func (r *run) look() error {
 	}
 	spec.Sites = r.names
 	r.summary.Sites = r.names
-	if err := spec.Validate(); err != nil {
-		return err
-	}
-	if spec.Engine == "native" {
-		return problem.New(problem.Usage, "use --engine flower, or leave it out", "this version has no native engine")
-	}
-	r.spec = spec.WithDefaults()
-	return nil
+	return app.Settle()
 }
 
 // makeLock decides on the versions of everything that the app imports.
 func (r *run) makeLock(ctx context.Context) error {
-	req := pyenv.Requirements{Names: r.app.Dependencies, Flwr: r.spec.Flwr, RequiresPython: r.app.RequiresPython}
+	python, err := r.app.Resolve(ctx, prepare.Resolving{Cache: r.cache, Python: r.opt.Python, Fresh: r.opt.Relock, Tell: r.emit})
+	r.summary.Flwr = r.app.Flwr
+	if err != nil {
+		return err
+	}
 	if r.opt.Python != "" {
-		env, err := pyenv.Existing(ctx, r.opt.Python, req)
-		if err != nil {
-			return err
-		}
-		r.summary.Flwr = env.Flwr
-		if err := r.runnable(env.Flwr); err != nil {
-			return err
-		}
-		r.note("using %s as it is, with flwr %s", r.opt.Python, env.Flwr)
+		r.note("using %s as it is, with flwr %s", r.opt.Python, r.app.Flwr)
 		return nil
 	}
-	in, err := pyenv.Find(ctx, "")
-	if err != nil {
-		return err
-	}
-	r.emit(job.KindEnvProgress, job.EnvProgress{Phase: "resolving", Message: "dependencies of " + r.app.Name + " for Python " + in.Version})
-	r.lock, err = pyenv.MakeLock(ctx, r.cache, in, req, pyenv.Options{Fresh: r.opt.Relock})
-	if err != nil {
-		return err
-	}
-	if err := r.runnable(r.lock.Flwr); err != nil {
-		return err
-	}
-	r.spec.FlwrVersion, r.spec.PythonVersion = r.lock.Flwr, r.lock.Python
-	r.summary.Flwr = r.lock.Flwr
-	r.note("engine %s: Flower's own programs, flwr %s on Python %s", Engine, r.lock.Flwr, in.Version)
+	r.note("engine %s: Flower's own programs, flwr %s on Python %s", Engine, r.app.Flwr, python)
 	return nil
-}
-
-// runnable refuses a version of Flower that cannot run the job, before anything starts.
-func (r *run) runnable(flwr string) error {
-	if err := flower.Supported(flwr); err != nil {
-		return err
-	}
-	return flower.TakesConfig(flwr, r.spec.RunConfig)
-}
-
-func (r *run) pack() (*bundle.Bundle, error) {
-	spec, err := json.Marshal(r.spec)
-	if err != nil {
-		return nil, err
-	}
-	return bundle.Build(r.dir, bundle.Input{
-		App: bundle.Meta{Name: r.app.Name, Version: r.app.Version}, Lock: []byte(r.lock.Text), Job: spec, Exclude: r.spec.Exclude,
-	})
 }
 
 // makeOut makes the run's directory, which must be new or empty.
@@ -367,7 +280,7 @@ func (r *run) makeOut() error {
 		if r.app != nil {
 			name = r.app.Name
 		}
-		out = filepath.Join("pergola-runs", jobName(name)+"-"+r.began.Format("20060102-150405"))
+		out = filepath.Join("pergola-runs", prepare.JobName(name)+"-"+r.began.Format("20060102-150405"))
 		for n := 2; ; n++ { // two runs in one second
 			if err := os.MkdirAll(filepath.Dir(out), 0o755); err != nil {
 				return err
@@ -406,24 +319,4 @@ func (r *run) makeOut() error {
 	defer r.mu.Unlock()
 	r.events, err = os.OpenFile(filepath.Join(r.out, "events.jsonl"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
 	return err
-}
-
-// jobName makes a DNS label of an app's name.
-func jobName(app string) string {
-	var b strings.Builder
-	for _, c := range strings.ToLower(app) {
-		if c >= 'a' && c <= 'z' || c >= '0' && c <= '9' {
-			b.WriteRune(c)
-		} else {
-			b.WriteByte('-')
-		}
-	}
-	s := strings.Trim(b.String(), "-")
-	if len(s) > 40 {
-		s = strings.TrimRight(s[:40], "-")
-	}
-	if s == "" {
-		return "app"
-	}
-	return s
 }

@@ -15,21 +15,6 @@ import (
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
-func TestJobName(t *testing.T) {
-	for app, want := range map[string]string{
-		"tiny": "tiny", "My_App": "my-app", "--": "app", "": "app", "Größe 1": "gr--e-1",
-		strings.Repeat("a", 39) + "_b": strings.Repeat("a", 39),
-	} {
-		got := jobName(app)
-		if got != want {
-			t.Errorf("jobName(%q) = %q, want %q", app, got, want)
-		}
-		if err := job.CheckName("job", got); err != nil {
-			t.Errorf("jobName(%q) is no name: %v", app, err)
-		}
-	}
-}
-
 func TestDialable(t *testing.T) {
 	for in, want := range map[string]string{
 		"127.0.0.1:5": "127.0.0.1:5", "0.0.0.0:5": "127.0.0.1:5", "[::]:5": "127.0.0.1:5", "[::1]:5": "[::1]:5",

@@ -18,6 +18,7 @@ import (
 	"github.com/pergolafl/pergola/internal/hub"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/prepare"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/proc"
 	"github.com/pergolafl/pergola/internal/runner"
@@ -38,7 +39,7 @@ func (r *run) service(ctx, early context.Context, packed *bundle.Bundle, submitt
 		return err
 	}
 	env := append(os.Environ(), runner.LeashVar+"="+lease)
-	auth, err := pki.NewAuthority("pergola run " + jobName(r.app.Name))
+	auth, err := pki.NewAuthority("pergola run " + prepare.JobName(r.app.Name))
 	if err != nil {
 		return err
 	}
@@ -247,7 +248,7 @@ func (r *run) connect(auth *pki.Authority, addr string) (*api.Client, error) {
 
 // userName is the submitter's name: that of the account, as far as it is one.
 func userName() string {
-	if n := jobName(os.Getenv("USER")); os.Getenv("USER") != "" {
+	if n := prepare.JobName(os.Getenv("USER")); os.Getenv("USER") != "" {
 		return n
 	}
 	return "user"
