@@ -137,7 +137,11 @@ func toWire(err error) error {
 	if err == nil {
 		return nil
 	}
-	if _, ok := errors.AsType[*connect.Error](err); ok || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if _, ok := errors.AsType[*connect.Error](err); ok {
+		return err
+	}
+	// A problem may have come of a time limit that the hub itself had set; then it is no answer about the caller's.
+	if _, ok := errors.AsType[*problem.Error](err); !ok && (errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
 		return err
 	}
 	p := problem.From(err)

@@ -41,6 +41,12 @@ type served struct {
 
 func serve(t *testing.T) *served {
 	t.Helper()
+	return serveAs(t, Config{})
+}
+
+// serveAs is serve with more in hub.toml.
+func serveAs(t *testing.T, more Config) *served {
+	t.Helper()
 	s := &served{T: t, dir: t.TempDir()}
 	var err error
 	if s.auth, err = pki.NewAuthority("test"); err != nil {
@@ -56,7 +62,8 @@ func serve(t *testing.T) *served {
 	if err := pki.SaveKeypair(s.dir, "hub", pair); err != nil {
 		t.Fatal(err)
 	}
-	conf, err := toml.Marshal(Config{Listen: "127.0.0.1:0", Sites: []string{"a", "b"}, Cache: t.TempDir()})
+	more.Listen, more.Sites, more.Cache = "127.0.0.1:0", []string{"a", "b"}, t.TempDir()
+	conf, err := toml.Marshal(more)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -492,6 +499,7 @@ func TestConfig(t *testing.T) {
 		{"sites = [\"A\"]\n", "lower-case"},
 		{"sites = [\"hub\"]\n", "hub"},
 		{"sites = [\"a\", \"a\"]\n", "twice"},
+		{"store = \"hub.db\"\n", "no address of a Postgres database"},
 	} {
 		dir := t.TempDir()
 		if err := os.WriteFile(filepath.Join(dir, ConfigFile), []byte(c.text), 0o600); err != nil {
