@@ -60,7 +60,7 @@ type piece struct {
 // same, and only forgets with its process what it has seen.
 func Open(path string) (*Clock, error) {
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	c := newClock(path, strings.TrimSpace(string(boot)), time.Now, sinceBoot)
+	c := newClock(path, strings.TrimSpace(string(boot)), wallClock, sinceBoot)
 	if err != nil {
 		c.path = "" // no file can be of this boot
 		return c, err

@@ -73,7 +73,8 @@ var (
 	watchful = job.Spec{RunConfig: []string{"sleep=90"}, NoProgress: job.Duration(20 * time.Second)}
 	nervous  = job.Spec{RunConfig: []string{"sleep=90"}, OutageTolerance: job.Duration(15 * time.Second)}
 	busy     = job.Spec{RunConfig: []string{"sleep=2", "num-server-rounds=40"}} // writes all the time
-	patient  = job.Spec{RunConfig: []string{"sleep=15"}}                        // ends by itself after an outage in its first round
+	timed    = job.Spec{RunConfig: []string{"sleep=15"}, Deadline: job.Duration(10 * time.Minute), StartTimeout: job.Duration(5 * time.Minute)}
+	patient  = job.Spec{RunConfig: []string{"sleep=15"}} // ends by itself after an outage in its first round
 )
 
 const (
@@ -365,6 +366,31 @@ var faults = []fault{
 		}, state: job.Succeeded, limit: 3 * time.Minute, more: sameNumbers,
 	},
 
+	{
+		name: "the hub's clock is set a day ahead, and it is started again", spec: timed, own: true, prep: clockOfItsOwn, act: setClock("24h"),
+		state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "the hub's clock is set a day back, and it is started again", spec: timed, own: true, prep: clockOfItsOwn, act: setClock("-24h"),
+		state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "the hub is killed and started again while the parties prepare", spec: short, own: true, act: func(v *victim) {
+			v.wait("a party preparing", func(e job.Event) bool { return e.Kind == job.KindPartyState })
+			v.strike()
+			v.f.hub.kill()
+			v.f.hub.start()
+		}, state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+	{
+		name: "an agent is killed and started again while its party prepares", spec: short, own: true, act: func(v *victim) {
+			v.wait("site-1 preparing", func(e job.Event) bool { return e.Kind == job.KindPartyState && e.Party == "site-1" })
+			v.strike()
+			v.agent().kill()
+			v.agent().start()
+		}, state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
+	},
+
 	// Whole machines.
 	{
 		name: "a site leaves for ever", spec: nervous, own: true, act: func(v *victim) {
@@ -387,6 +413,14 @@ var faults = []fault{
 			v.strike()
 			v.powerCut()
 		}, code: problem.HubRunnerDied, party: "hub",
+	},
+
+	{
+		name: "the power fails everywhere, in a job that may begin anew", flwr: "1.30.0", spec: job.Spec{RunConfig: []string{"sleep=4"}, Server: job.Server{Restarts: 1, Database: "state.db"}}, own: true, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+			v.powerCut()
+		}, state: job.Succeeded, limit: 2 * time.Minute, warns: []string{"attempt 2 of 2"}, more: sameNumbers,
 	},
 
 	// Ends that are asked for.
@@ -922,6 +956,41 @@ func ownBinary(t *testing.T, f *fleetOf) {
 	}
 	for _, d := range append(slices.Clone(f.sites), f.hub) {
 		d.exe = exe
+	}
+}
+
+// clockBinary is the command with a hub whose wall clock can be set by a file.
+var clockBinary = sync.OnceValues(func() (string, error) {
+	exe := binary + "-fakeclock"
+	build := exec.Command("go", "build", "-buildvcs=false", "-trimpath", "-tags", "fakeclock", "-o", exe, "github.com/pergolafl/pergola/cmd/pergola")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return exe, nil
+})
+
+// clockOfItsOwn gives the hub a wall clock that the test can set.
+func clockOfItsOwn(t *testing.T, f *fleetOf) {
+	t.Helper()
+	exe, err := clockBinary()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.hub.exe, f.hub.env = exe, []string{"PERGOLA_TEST_CLOCK=" + filepath.Join(f.hub.dir, "test-clock")}
+}
+
+// setClock sets the hub's clock in the first round, has it see that, and starts it again.
+func setClock(by string) func(*victim) {
+	return func(v *victim) {
+		v.round(1)
+		v.strike()
+		if err := os.WriteFile(filepath.Join(v.f.hub.dir, "test-clock"), []byte(by), 0o600); err != nil {
+			v.Fatal(err)
+		}
+		time.Sleep(3 * time.Second) // for whatever it may do now
+		v.f.hub.kill()
+		v.f.hub.start()
 	}
 }
 

@@ -40,6 +40,7 @@ type daemon struct {
 	tmp  string
 	exe  string   // "" = the built command
 	wrap []string // a command that execs its arguments
+	env  []string // in addition to the test's own
 	cmd  *exec.Cmd
 	mu   sync.Mutex // guards out
 	out  bytes.Buffer
@@ -53,7 +54,7 @@ func (s *daemon) start() {
 	}
 	args := append(slices.Clone(s.wrap), exe, s.role, "--dir", s.dir)
 	s.cmd = exec.CommandContext(context.Background(), args[0], args[1:]...)
-	s.cmd.Env = append(os.Environ(), "TMPDIR="+s.tmp)
+	s.cmd.Env = append(append(os.Environ(), "TMPDIR="+s.tmp), s.env...)
 	w := lockedWriter{&s.mu, &s.out}
 	s.cmd.Stdout, s.cmd.Stderr = w, w
 	s.cmd.WaitDelay = 5 * time.Second // its runners outlive it
