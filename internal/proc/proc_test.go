@@ -955,3 +955,73 @@ func TestStartsWhileOthersEnd(t *testing.T) {
 	}
 	wg.Wait()
 }
+
+func TestKillCommand(t *testing.T) {
+	arg := fmt.Sprintf("100%d", os.Getpid())
+	cmd, other := exec.Command("/bin/sleep", arg, "1"), exec.Command("/bin/sleep", arg)
+	for _, c := range []*exec.Cmd{cmd, other} {
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start, err := StartTime(other.Process.Pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Its command line is there once it has become sleep.
+	for s := time.Now(); time.Since(s) < 10*time.Second && !strings.Contains(string(readSome(cmd.Process.Pid, "cmdline")), arg); time.Sleep(time.Millisecond) {
+	}
+	if n, err := KillCommand(arg, "1"); n != 1 || err != nil {
+		t.Errorf("killed %d, %v, want 1", n, err)
+	}
+	_ = cmd.Wait()
+	if !Alive(other.Process.Pid, start) {
+		t.Error("one with fewer arguments was killed too")
+	}
+	_ = other.Process.Kill()
+	_ = other.Wait()
+	if _, err := KillCommand(); err == nil {
+		t.Error("no arguments were accepted")
+	}
+}
+
+func TestSuspendedBelow(t *testing.T) {
+	cmd := exec.Command("/bin/sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}()
+	find := func() (found []Suspended) {
+		t.Helper()
+		all, err := SuspendedBelow(os.Getpid())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range all {
+			if s.Pid == cmd.Process.Pid {
+				found = append(found, s)
+			}
+		}
+		return found
+	}
+	for _, c := range []struct {
+		signal syscall.Signal
+		want   int
+	}{{syscall.SIGSTOP, 1}, {syscall.SIGCONT, 0}} {
+		if err := cmd.Process.Signal(c.signal); err != nil {
+			t.Fatal(err)
+		}
+		var found []Suspended
+		for s := time.Now(); time.Since(s) < 10*time.Second; time.Sleep(time.Millisecond) {
+			if found = find(); len(found) == c.want {
+				break
+			}
+		}
+		if len(found) != c.want || c.want == 1 && (found[0].Name != "sleep" || !Alive(found[0].Pid, found[0].Start)) {
+			t.Errorf("after %s: %+v", c.signal, found)
+		}
+	}
+}

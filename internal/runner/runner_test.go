@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -30,7 +31,9 @@ import (
 // The test binary is also the runner that Start starts.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 4 && os.Args[1] == "runner" {
-		if err := Main(context.Background(), os.Args[3], slog.New(slog.NewTextHandler(os.Stderr, nil))); err != nil {
+		ctx, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+		defer cancel()
+		if err := Main(ctx, os.Args[3], slog.New(slog.NewTextHandler(os.Stderr, nil))); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
