@@ -86,7 +86,7 @@ func (s *Server) stop() {
 
 func (s *Server) run(t testing.TB, cred *syscall.Credential) {
 	t.Helper()
-	s.cmd = exec.Command("/bin/sh", "-c", keeper, "sh", filepath.Join(s.bin, "postgres"), s.dir)
+	s.cmd = exec.Command("/bin/sh", "-c", keeper, "sh", filepath.Join(s.bin, "postgres"), s.dir) //nolint:noctx // its input is its owner
 	s.cmd.SysProcAttr, s.cmd.Dir = &syscall.SysProcAttr{Credential: cred}, filepath.Dir(s.dir)
 	s.cmd.Stdout, s.cmd.Stderr = &s.out, &s.out
 	in, err := s.cmd.StdinPipe()

@@ -14,7 +14,7 @@ import (
 
 const (
 	identityColumns = "kind, name, enrolled, removed, drained, info, seen, version"
-	tokenColumns    = "hash, kind, name, created, expires, used, made_by"
+	tokenColumns    = "hash, kind, name, created, expires, used, made_by" //nolint:gosec // names of columns
 	siteKind        = "site"
 )
 
@@ -24,7 +24,7 @@ func (db *DB) PutIdentity(ctx context.Context, i store.Identity) error {
 	if len(i.Info) > 0 && !json.Valid(i.Info) {
 		return problem.New(problem.Internal, "please report this", "what %s %s declares is not JSON", i.Kind, i.Name)
 	}
-	return db.knows(ctx, "enrol", `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, ?, 0, ?, ?, ?, ?)
+	return db.knows(ctx, "enrol "+i.Name, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, ?, 0, ?, ?, ?, ?)
 		ON CONFLICT (kind, name) DO UPDATE SET enrolled = excluded.enrolled, removed = 0,
 		drained = CASE WHEN identity.removed = 0 THEN identity.drained ELSE excluded.drained END`,
 		i.Kind, i.Name, nanos(i.Enrolled), flag(i.Drained), string(i.Info), nanos(i.Seen), i.Version)
@@ -48,13 +48,13 @@ func (db *DB) Identities(ctx context.Context, kind string) ([]store.Identity, er
 // RemoveIdentity keeps a site or a user away from now on, until it is enrolled again; also one that the store has not heard of,
 // since a hub's configuration may name some. One that is removed already stays as it is.
 func (db *DB) RemoveIdentity(ctx context.Context, kind, name string, now time.Time) error {
-	return db.knows(ctx, "remove", `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, ?, 0, '', 0, '')
+	return db.knows(ctx, "remove "+name, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, ?, 0, '', 0, '')
 		ON CONFLICT (kind, name) DO UPDATE SET removed = excluded.removed WHERE identity.removed = 0`, kind, name, nanos(now))
 }
 
 // SetDrained says whether a site takes new jobs, also of one that the store has not heard of.
 func (db *DB) SetDrained(ctx context.Context, site string, drained bool) error {
-	return db.knows(ctx, "drain", `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, 0, ?, '', 0, '')
+	return db.knows(ctx, "drain "+site, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, 0, ?, '', 0, '')
 		ON CONFLICT (kind, name) DO UPDATE SET drained = excluded.drained`, siteKind, site, flag(drained))
 }
 
@@ -73,7 +73,7 @@ func (db *DB) SawSite(ctx context.Context, site string, info json.RawMessage, ve
 
 // knows stores something about an identity and wakes whoever waits for anything.
 func (db *DB) knows(ctx context.Context, doing, query string, args ...any) error {
-	return db.write(ctx, doing+" "+args[1].(string), func(ctx context.Context, tx *txn) ([]job.ID, error) {
+	return db.write(ctx, doing, func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		_, err := tx.ExecContext(ctx, query, args...)
 		return []job.ID{""}, err
 	})

@@ -87,7 +87,7 @@ type rows struct {
 // query reads without a transaction. Whoever gets rows hands them to collect.
 func (db *DB) query(ctx context.Context, q string, args ...any) (rows, error) {
 	ctx, done := patient(ctx)
-	rs, err := db.r.QueryContext(ctx, db.stmt(q), clean(args)...)
+	rs, err := db.r.QueryContext(ctx, db.stmt(q), clean(args)...) //nolint:rowserrcheck // collect does
 	return rows{rs, ctx, done}, err
 }
 
