@@ -96,6 +96,14 @@ func testNotify(t *testing.T, server *pgtest.Server) {
 	defer closed(t, a)
 	defer closed(t, b)
 	j, other := newJob(t, a), newJob(t, a)
+	// Messages come in order: after that of a third job, those of the first two are past.
+	third := job.NewID(t0)
+	past, cancelPast := b.Subscribe(third)
+	defer cancelPast()
+	if _, err := a.CreateJob(t.Context(), job.Job{ID: third, Created: t0}, nil); err != nil {
+		t.Fatal(err)
+	}
+	heard(t, past, "a third job")
 	wake, cancel := b.Subscribe(j.ID)
 	defer cancel()
 	wakeOther, cancelOther := b.Subscribe(other.ID)
