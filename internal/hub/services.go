@@ -75,10 +75,8 @@ func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*p
 		return nil, err
 	}
 	spec = spec.WithDefaults()
-	for _, n := range spec.Sites {
-		if !slices.Contains(s.conf.Sites, n) {
-			return nil, problem.New(problem.NotFound, "see the enrolled ones with ListSites", "no site is named %q%s", n, problem.DidYouMean(n, s.conf.Sites))
-		}
+	if err := s.enrolled(spec.Sites); err != nil {
+		return nil, err
 	}
 	if len(spec.Sites) == 0 {
 		spec.Sites = slices.Clone(s.conf.Sites)
@@ -100,6 +98,16 @@ func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*p
 	return &pb.SubmitJobResponse{Job: out}, err
 }
 
+// enrolled refuses a site that is not.
+func (h *Hub) enrolled(sites []string) error {
+	for _, n := range sites {
+		if !slices.Contains(h.conf.Sites, n) {
+			return problem.New(problem.NotFound, "see the enrolled ones with: pergola sites", "no site is named %q%s", n, problem.DidYouMean(n, h.conf.Sites))
+		}
+	}
+	return nil
+}
+
 func (s jobService) withParties(ctx context.Context, j job.Job) (*pb.Job, error) {
 	ps, err := s.db.Parties(ctx, j.ID)
 	return api.Job(j, ps), err
@@ -109,7 +117,7 @@ func (s jobService) job(ctx context.Context, text string) (job.Job, error) {
 	if _, err := caller(ctx, pki.KindUser); err != nil {
 		return job.Job{}, err
 	}
-	id, err := job.ParseID(text)
+	id, err := s.db.FindJob(ctx, text)
 	if err != nil {
 		return job.Job{}, err
 	}
@@ -145,17 +153,22 @@ func (s jobService) ListJobs(ctx context.Context, req *pb.ListJobsRequest) (*pb.
 		}
 		f.After = id
 	}
+	f.Submitter, f.Name, f.Prefix = req.GetSubmitter(), req.GetName(), strings.ToLower(req.GetPrefix())
 	js, err := s.db.Jobs(ctx, f)
+	if err != nil {
+		return nil, err
+	}
+	var ids []job.ID
+	for _, j := range js {
+		ids = append(ids, j.ID)
+	}
+	ps, err := s.db.PartiesOf(ctx, ids)
 	if err != nil {
 		return nil, err
 	}
 	out := &pb.ListJobsResponse{}
 	for _, j := range js {
-		p, err := s.withParties(ctx, j)
-		if err != nil {
-			return nil, err
-		}
-		out.Jobs = append(out.Jobs, p)
+		out.Jobs = append(out.Jobs, api.Job(j, ps[j.ID]))
 	}
 	return out, nil
 }
@@ -251,7 +264,7 @@ func (s jobService) WatchJob(ctx context.Context, req *pb.WatchJobRequest, out p
 				break
 			}
 		}
-		if j.State.Terminal() {
+		if j.State.Terminal() || req.GetOnce() {
 			return nil
 		}
 		if c := s.controller(j.ID); c != nil {
@@ -284,7 +297,19 @@ func (s jobService) TailLogs(ctx context.Context, req *pb.TailLogsRequest, out p
 	if err != nil {
 		return err
 	}
-	return s.tail(ctx, j, ps, func(c *pb.LogChunk) error { return out.Send(&pb.TailLogsResponse{Chunk: c}) })
+	for _, n := range req.GetParties() {
+		if !slices.ContainsFunc(ps, func(p job.Party) bool { return p.Name == n }) {
+			var names []string
+			for _, p := range ps {
+				names = append(names, p.Name)
+			}
+			return problem.New(problem.Usage, "name one of: "+strings.Join(names, ", "), "job %s has no party %q%s", j.ID, n, problem.DidYouMean(n, names))
+		}
+	}
+	if len(req.GetParties()) > 0 {
+		ps = slices.DeleteFunc(ps, func(p job.Party) bool { return !slices.Contains(req.GetParties(), p.Name) })
+	}
+	return s.tail(ctx, j, ps, req, func(c *pb.LogChunk) error { return out.Send(&pb.TailLogsResponse{Chunk: c}) })
 }
 
 // ListSites implements the API.

@@ -30,7 +30,14 @@ func (r *run) show(e Event) {
 			}
 		}
 	}
-	s := &r.summary
+	r.summary.Take(e.Event)
+	if r.opt.Event != nil {
+		r.opt.Event(e)
+	}
+}
+
+// Take takes from an event of the job what the summary needs.
+func (s *Summary) Take(e job.Event) {
 	switch e.Kind {
 	case job.KindJobState:
 		var c job.JobState
@@ -64,9 +71,6 @@ func (r *run) show(e Event) {
 		if e.Decode(&t) == nil && !slices.Contains(s.Warnings, t.Message) {
 			s.Warnings = append(s.Warnings, t.Message)
 		}
-	}
-	if r.opt.Event != nil {
-		r.opt.Event(e)
 	}
 }
 
@@ -173,14 +177,20 @@ func (r *run) tail(ctx context.Context, c *api.Client, id job.ID) error {
 }
 
 func (r *run) lineOf(party, file string, line []byte) {
-	name := prefixes[file]
-	if name == "" {
-		name = file
+	name, text := Shown(file, line)
+	r.line(party, name, text)
+}
+
+// Shown gives the program that a log file is of, and one of its lines as people read it.
+func Shown(file string, line []byte) (program, text string) {
+	program = prefixes[file]
+	if program == "" {
+		program = file
 	}
 	if len(line) > maxLine {
 		line = line[:maxLine]
 	}
-	r.line(party, name, strings.ToValidUTF8(strings.TrimRight(string(line), "\r"), "\uFFFD"))
+	return program, strings.ToValidUTF8(strings.TrimRight(string(line), "\r"), "\uFFFD")
 }
 
 // isProblem tells whether the hub has said what is wrong, so that asking again is of no use.

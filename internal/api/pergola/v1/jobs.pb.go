@@ -137,8 +137,9 @@ func (x *SubmitJobResponse) GetJob() *Job {
 }
 
 type GetJobRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The whole id, or as much of its beginning as no other job has; so in all requests about one job.
+	Id            string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -231,7 +232,11 @@ type ListJobsRequest struct {
 	// At most this many; 0 for 100.
 	Limit int32 `protobuf:"varint,2,opt,name=limit,proto3" json:"limit,omitempty"`
 	// Only jobs older than this id: the last one of the page before.
-	After         string `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`
+	After string `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`
+	// Only jobs of this submitter, of this name, whose id begins so; empty for all.
+	Submitter     string `protobuf:"bytes,4,opt,name=submitter,proto3" json:"submitter,omitempty"`
+	Name          string `protobuf:"bytes,5,opt,name=name,proto3" json:"name,omitempty"`
+	Prefix        string `protobuf:"bytes,6,opt,name=prefix,proto3" json:"prefix,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -283,6 +288,27 @@ func (x *ListJobsRequest) GetLimit() int32 {
 func (x *ListJobsRequest) GetAfter() string {
 	if x != nil {
 		return x.After
+	}
+	return ""
+}
+
+func (x *ListJobsRequest) GetSubmitter() string {
+	if x != nil {
+		return x.Submitter
+	}
+	return ""
+}
+
+func (x *ListJobsRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListJobsRequest) GetPrefix() string {
+	if x != nil {
+		return x.Prefix
 	}
 	return ""
 }
@@ -428,18 +454,453 @@ func (x *AbortJobResponse) GetJob() *Job {
 	return nil
 }
 
+type ResubmitJobRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// As in SubmitJob.
+	Key           string `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResubmitJobRequest) Reset() {
+	*x = ResubmitJobRequest{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResubmitJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResubmitJobRequest) ProtoMessage() {}
+
+func (x *ResubmitJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResubmitJobRequest.ProtoReflect.Descriptor instead.
+func (*ResubmitJobRequest) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ResubmitJobRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *ResubmitJobRequest) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+type ResubmitJobResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Job           *Job                   `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResubmitJobResponse) Reset() {
+	*x = ResubmitJobResponse{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResubmitJobResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResubmitJobResponse) ProtoMessage() {}
+
+func (x *ResubmitJobResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResubmitJobResponse.ProtoReflect.Descriptor instead.
+func (*ResubmitJobResponse) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ResubmitJobResponse) GetJob() *Job {
+	if x != nil {
+		return x.Job
+	}
+	return nil
+}
+
+type DeleteJobRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteJobRequest) Reset() {
+	*x = DeleteJobRequest{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteJobRequest) ProtoMessage() {}
+
+func (x *DeleteJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteJobRequest.ProtoReflect.Descriptor instead.
+func (*DeleteJobRequest) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *DeleteJobRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type DeleteJobResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteJobResponse) Reset() {
+	*x = DeleteJobResponse{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteJobResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteJobResponse) ProtoMessage() {}
+
+func (x *DeleteJobResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteJobResponse.ProtoReflect.Descriptor instead.
+func (*DeleteJobResponse) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{11}
+}
+
+type ListResultsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListResultsRequest) Reset() {
+	*x = ListResultsRequest{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListResultsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListResultsRequest) ProtoMessage() {}
+
+func (x *ListResultsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListResultsRequest.ProtoReflect.Descriptor instead.
+func (*ListResultsRequest) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ListResultsRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type ListResultsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Files         []*ResultFile          `protobuf:"bytes,1,rep,name=files,proto3" json:"files,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListResultsResponse) Reset() {
+	*x = ListResultsResponse{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListResultsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListResultsResponse) ProtoMessage() {}
+
+func (x *ListResultsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListResultsResponse.ProtoReflect.Descriptor instead.
+func (*ListResultsResponse) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ListResultsResponse) GetFiles() []*ResultFile {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+// ResultFile is one file that a job left.
+type ResultFile struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Below the job's folder, with slashes: "results/model.npz", "logs/hub/server_app_log.txt".
+	Path      string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	SizeBytes int64  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	// "sha256:…" of the whole file.
+	Digest        string `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ResultFile) Reset() {
+	*x = ResultFile{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ResultFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ResultFile) ProtoMessage() {}
+
+func (x *ResultFile) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ResultFile.ProtoReflect.Descriptor instead.
+func (*ResultFile) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ResultFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *ResultFile) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *ResultFile) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+type DownloadResultRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Path  string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// Where to begin, in bytes.
+	Offset        int64 `protobuf:"varint,3,opt,name=offset,proto3" json:"offset,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DownloadResultRequest) Reset() {
+	*x = DownloadResultRequest{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DownloadResultRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DownloadResultRequest) ProtoMessage() {}
+
+func (x *DownloadResultRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DownloadResultRequest.ProtoReflect.Descriptor instead.
+func (*DownloadResultRequest) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *DownloadResultRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *DownloadResultRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *DownloadResultRequest) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+type DownloadResultResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DownloadResultResponse) Reset() {
+	*x = DownloadResultResponse{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DownloadResultResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DownloadResultResponse) ProtoMessage() {}
+
+func (x *DownloadResultResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DownloadResultResponse.ProtoReflect.Descriptor instead.
+func (*DownloadResultResponse) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *DownloadResultResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
 type WatchJobRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// Only events after this position.
-	After         int64 `protobuf:"varint,2,opt,name=after,proto3" json:"after,omitempty"`
+	After int64 `protobuf:"varint,2,opt,name=after,proto3" json:"after,omitempty"`
+	// Send what there is and end, instead of following a job that goes on.
+	Once          bool `protobuf:"varint,3,opt,name=once,proto3" json:"once,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WatchJobRequest) Reset() {
 	*x = WatchJobRequest{}
-	mi := &file_pergola_v1_jobs_proto_msgTypes[8]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -451,7 +912,7 @@ func (x *WatchJobRequest) String() string {
 func (*WatchJobRequest) ProtoMessage() {}
 
 func (x *WatchJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_jobs_proto_msgTypes[8]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -464,7 +925,7 @@ func (x *WatchJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchJobRequest.ProtoReflect.Descriptor instead.
 func (*WatchJobRequest) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{8}
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WatchJobRequest) GetId() string {
@@ -481,6 +942,13 @@ func (x *WatchJobRequest) GetAfter() int64 {
 	return 0
 }
 
+func (x *WatchJobRequest) GetOnce() bool {
+	if x != nil {
+		return x.Once
+	}
+	return false
+}
+
 type WatchJobResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Event         *Event                 `protobuf:"bytes,1,opt,name=event,proto3" json:"event,omitempty"`
@@ -490,7 +958,7 @@ type WatchJobResponse struct {
 
 func (x *WatchJobResponse) Reset() {
 	*x = WatchJobResponse{}
-	mi := &file_pergola_v1_jobs_proto_msgTypes[9]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -502,7 +970,7 @@ func (x *WatchJobResponse) String() string {
 func (*WatchJobResponse) ProtoMessage() {}
 
 func (x *WatchJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_jobs_proto_msgTypes[9]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -515,7 +983,7 @@ func (x *WatchJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchJobResponse.ProtoReflect.Descriptor instead.
 func (*WatchJobResponse) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{9}
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WatchJobResponse) GetEvent() *Event {
@@ -526,15 +994,21 @@ func (x *WatchJobResponse) GetEvent() *Event {
 }
 
 type TailLogsRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// Only these parties; empty for all.
+	Parties []string `protobuf:"bytes,2,rep,name=parties,proto3" json:"parties,omitempty"`
+	// Where to begin in each file, by "party/file", in bytes; 0 where nothing is said.
+	Offsets map[string]int64 `protobuf:"bytes,3,rep,name=offsets,proto3" json:"offsets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// Send what there is and end, instead of following a job that goes on.
+	Once          bool `protobuf:"varint,4,opt,name=once,proto3" json:"once,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TailLogsRequest) Reset() {
 	*x = TailLogsRequest{}
-	mi := &file_pergola_v1_jobs_proto_msgTypes[10]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -546,7 +1020,7 @@ func (x *TailLogsRequest) String() string {
 func (*TailLogsRequest) ProtoMessage() {}
 
 func (x *TailLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_jobs_proto_msgTypes[10]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -559,7 +1033,7 @@ func (x *TailLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailLogsRequest.ProtoReflect.Descriptor instead.
 func (*TailLogsRequest) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{10}
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *TailLogsRequest) GetId() string {
@@ -567,6 +1041,27 @@ func (x *TailLogsRequest) GetId() string {
 		return x.Id
 	}
 	return ""
+}
+
+func (x *TailLogsRequest) GetParties() []string {
+	if x != nil {
+		return x.Parties
+	}
+	return nil
+}
+
+func (x *TailLogsRequest) GetOffsets() map[string]int64 {
+	if x != nil {
+		return x.Offsets
+	}
+	return nil
+}
+
+func (x *TailLogsRequest) GetOnce() bool {
+	if x != nil {
+		return x.Once
+	}
+	return false
 }
 
 type TailLogsResponse struct {
@@ -578,7 +1073,7 @@ type TailLogsResponse struct {
 
 func (x *TailLogsResponse) Reset() {
 	*x = TailLogsResponse{}
-	mi := &file_pergola_v1_jobs_proto_msgTypes[11]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -590,7 +1085,7 @@ func (x *TailLogsResponse) String() string {
 func (*TailLogsResponse) ProtoMessage() {}
 
 func (x *TailLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_jobs_proto_msgTypes[11]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -603,7 +1098,7 @@ func (x *TailLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailLogsResponse.ProtoReflect.Descriptor instead.
 func (*TailLogsResponse) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{11}
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *TailLogsResponse) GetChunk() *LogChunk {
@@ -621,7 +1116,7 @@ type ListSitesRequest struct {
 
 func (x *ListSitesRequest) Reset() {
 	*x = ListSitesRequest{}
-	mi := &file_pergola_v1_jobs_proto_msgTypes[12]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -633,7 +1128,7 @@ func (x *ListSitesRequest) String() string {
 func (*ListSitesRequest) ProtoMessage() {}
 
 func (x *ListSitesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_jobs_proto_msgTypes[12]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -646,7 +1141,7 @@ func (x *ListSitesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSitesRequest.ProtoReflect.Descriptor instead.
 func (*ListSitesRequest) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{12}
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{21}
 }
 
 type ListSitesResponse struct {
@@ -658,7 +1153,7 @@ type ListSitesResponse struct {
 
 func (x *ListSitesResponse) Reset() {
 	*x = ListSitesResponse{}
-	mi := &file_pergola_v1_jobs_proto_msgTypes[13]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -670,7 +1165,7 @@ func (x *ListSitesResponse) String() string {
 func (*ListSitesResponse) ProtoMessage() {}
 
 func (x *ListSitesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_jobs_proto_msgTypes[13]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -683,7 +1178,7 @@ func (x *ListSitesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSitesResponse.ProtoReflect.Descriptor instead.
 func (*ListSitesResponse) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{13}
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListSitesResponse) GetSites() []*Site {
@@ -704,7 +1199,7 @@ type Site struct {
 
 func (x *Site) Reset() {
 	*x = Site{}
-	mi := &file_pergola_v1_jobs_proto_msgTypes[14]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -716,7 +1211,7 @@ func (x *Site) String() string {
 func (*Site) ProtoMessage() {}
 
 func (x *Site) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_jobs_proto_msgTypes[14]
+	mi := &file_pergola_v1_jobs_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -729,7 +1224,7 @@ func (x *Site) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Site.ProtoReflect.Descriptor instead.
 func (*Site) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{14}
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Site) GetName() string {
@@ -762,25 +1257,59 @@ const file_pergola_v1_jobs_proto_rawDesc = "" +
 	"\rGetJobRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"3\n" +
 	"\x0eGetJobResponse\x12!\n" +
-	"\x03job\x18\x01 \x01(\v2\x0f.pergola.v1.JobR\x03job\"U\n" +
+	"\x03job\x18\x01 \x01(\v2\x0f.pergola.v1.JobR\x03job\"\x9f\x01\n" +
 	"\x0fListJobsRequest\x12\x16\n" +
 	"\x06states\x18\x01 \x03(\tR\x06states\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\x05R\x05limit\x12\x14\n" +
-	"\x05after\x18\x03 \x01(\tR\x05after\"7\n" +
+	"\x05after\x18\x03 \x01(\tR\x05after\x12\x1c\n" +
+	"\tsubmitter\x18\x04 \x01(\tR\tsubmitter\x12\x12\n" +
+	"\x04name\x18\x05 \x01(\tR\x04name\x12\x16\n" +
+	"\x06prefix\x18\x06 \x01(\tR\x06prefix\"7\n" +
 	"\x10ListJobsResponse\x12#\n" +
 	"\x04jobs\x18\x01 \x03(\v2\x0f.pergola.v1.JobR\x04jobs\"3\n" +
 	"\x0fAbortJobRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
 	"\x03now\x18\x02 \x01(\bR\x03now\"5\n" +
 	"\x10AbortJobResponse\x12!\n" +
-	"\x03job\x18\x01 \x01(\v2\x0f.pergola.v1.JobR\x03job\"7\n" +
+	"\x03job\x18\x01 \x01(\v2\x0f.pergola.v1.JobR\x03job\"6\n" +
+	"\x12ResubmitJobRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\tR\x03key\"8\n" +
+	"\x13ResubmitJobResponse\x12!\n" +
+	"\x03job\x18\x01 \x01(\v2\x0f.pergola.v1.JobR\x03job\"\"\n" +
+	"\x10DeleteJobRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x13\n" +
+	"\x11DeleteJobResponse\"$\n" +
+	"\x12ListResultsRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"C\n" +
+	"\x13ListResultsResponse\x12,\n" +
+	"\x05files\x18\x01 \x03(\v2\x16.pergola.v1.ResultFileR\x05files\"W\n" +
+	"\n" +
+	"ResultFile\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12\x16\n" +
+	"\x06digest\x18\x03 \x01(\tR\x06digest\"S\n" +
+	"\x15DownloadResultRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
+	"\x06offset\x18\x03 \x01(\x03R\x06offset\",\n" +
+	"\x16DownloadResultResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\"K\n" +
 	"\x0fWatchJobRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
-	"\x05after\x18\x02 \x01(\x03R\x05after\";\n" +
+	"\x05after\x18\x02 \x01(\x03R\x05after\x12\x12\n" +
+	"\x04once\x18\x03 \x01(\bR\x04once\";\n" +
 	"\x10WatchJobResponse\x12'\n" +
-	"\x05event\x18\x01 \x01(\v2\x11.pergola.v1.EventR\x05event\"!\n" +
+	"\x05event\x18\x01 \x01(\v2\x11.pergola.v1.EventR\x05event\"\xcf\x01\n" +
 	"\x0fTailLogsRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\">\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
+	"\aparties\x18\x02 \x03(\tR\aparties\x12B\n" +
+	"\aoffsets\x18\x03 \x03(\v2(.pergola.v1.TailLogsRequest.OffsetsEntryR\aoffsets\x12\x12\n" +
+	"\x04once\x18\x04 \x01(\bR\x04once\x1a:\n" +
+	"\fOffsetsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\">\n" +
 	"\x10TailLogsResponse\x12*\n" +
 	"\x05chunk\x18\x01 \x01(\v2\x14.pergola.v1.LogChunkR\x05chunk\"\x12\n" +
 	"\x10ListSitesRequest\";\n" +
@@ -788,13 +1317,17 @@ const file_pergola_v1_jobs_proto_rawDesc = "" +
 	"\x05sites\x18\x01 \x03(\v2\x10.pergola.v1.SiteR\x05sites\"8\n" +
 	"\x04Site\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
-	"\tconnected\x18\x02 \x01(\bR\tconnected2\x81\x04\n" +
+	"\tconnected\x18\x02 \x01(\bR\tconnected2\xc6\x06\n" +
 	"\n" +
 	"JobService\x12H\n" +
 	"\tSubmitJob\x12\x1c.pergola.v1.SubmitJobRequest\x1a\x1d.pergola.v1.SubmitJobResponse\x12?\n" +
 	"\x06GetJob\x12\x19.pergola.v1.GetJobRequest\x1a\x1a.pergola.v1.GetJobResponse\x12E\n" +
 	"\bListJobs\x12\x1b.pergola.v1.ListJobsRequest\x1a\x1c.pergola.v1.ListJobsResponse\x12E\n" +
-	"\bAbortJob\x12\x1b.pergola.v1.AbortJobRequest\x1a\x1c.pergola.v1.AbortJobResponse\x12G\n" +
+	"\bAbortJob\x12\x1b.pergola.v1.AbortJobRequest\x1a\x1c.pergola.v1.AbortJobResponse\x12N\n" +
+	"\vResubmitJob\x12\x1e.pergola.v1.ResubmitJobRequest\x1a\x1f.pergola.v1.ResubmitJobResponse\x12H\n" +
+	"\tDeleteJob\x12\x1c.pergola.v1.DeleteJobRequest\x1a\x1d.pergola.v1.DeleteJobResponse\x12N\n" +
+	"\vListResults\x12\x1e.pergola.v1.ListResultsRequest\x1a\x1f.pergola.v1.ListResultsResponse\x12Y\n" +
+	"\x0eDownloadResult\x12!.pergola.v1.DownloadResultRequest\x1a\".pergola.v1.DownloadResultResponse0\x01\x12G\n" +
 	"\bWatchJob\x12\x1b.pergola.v1.WatchJobRequest\x1a\x1c.pergola.v1.WatchJobResponse0\x01\x12G\n" +
 	"\bTailLogs\x12\x1b.pergola.v1.TailLogsRequest\x1a\x1c.pergola.v1.TailLogsResponse0\x01\x12H\n" +
 	"\tListSites\x12\x1c.pergola.v1.ListSitesRequest\x1a\x1d.pergola.v1.ListSitesResponseB@Z>github.com/pergolafl/pergola/internal/api/pergola/v1;pergolav1b\x06proto3"
@@ -811,54 +1344,75 @@ func file_pergola_v1_jobs_proto_rawDescGZIP() []byte {
 	return file_pergola_v1_jobs_proto_rawDescData
 }
 
-var file_pergola_v1_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_pergola_v1_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_pergola_v1_jobs_proto_goTypes = []any{
-	(*SubmitJobRequest)(nil),  // 0: pergola.v1.SubmitJobRequest
-	(*SubmitJobResponse)(nil), // 1: pergola.v1.SubmitJobResponse
-	(*GetJobRequest)(nil),     // 2: pergola.v1.GetJobRequest
-	(*GetJobResponse)(nil),    // 3: pergola.v1.GetJobResponse
-	(*ListJobsRequest)(nil),   // 4: pergola.v1.ListJobsRequest
-	(*ListJobsResponse)(nil),  // 5: pergola.v1.ListJobsResponse
-	(*AbortJobRequest)(nil),   // 6: pergola.v1.AbortJobRequest
-	(*AbortJobResponse)(nil),  // 7: pergola.v1.AbortJobResponse
-	(*WatchJobRequest)(nil),   // 8: pergola.v1.WatchJobRequest
-	(*WatchJobResponse)(nil),  // 9: pergola.v1.WatchJobResponse
-	(*TailLogsRequest)(nil),   // 10: pergola.v1.TailLogsRequest
-	(*TailLogsResponse)(nil),  // 11: pergola.v1.TailLogsResponse
-	(*ListSitesRequest)(nil),  // 12: pergola.v1.ListSitesRequest
-	(*ListSitesResponse)(nil), // 13: pergola.v1.ListSitesResponse
-	(*Site)(nil),              // 14: pergola.v1.Site
-	(*Job)(nil),               // 15: pergola.v1.Job
-	(*Event)(nil),             // 16: pergola.v1.Event
-	(*LogChunk)(nil),          // 17: pergola.v1.LogChunk
+	(*SubmitJobRequest)(nil),       // 0: pergola.v1.SubmitJobRequest
+	(*SubmitJobResponse)(nil),      // 1: pergola.v1.SubmitJobResponse
+	(*GetJobRequest)(nil),          // 2: pergola.v1.GetJobRequest
+	(*GetJobResponse)(nil),         // 3: pergola.v1.GetJobResponse
+	(*ListJobsRequest)(nil),        // 4: pergola.v1.ListJobsRequest
+	(*ListJobsResponse)(nil),       // 5: pergola.v1.ListJobsResponse
+	(*AbortJobRequest)(nil),        // 6: pergola.v1.AbortJobRequest
+	(*AbortJobResponse)(nil),       // 7: pergola.v1.AbortJobResponse
+	(*ResubmitJobRequest)(nil),     // 8: pergola.v1.ResubmitJobRequest
+	(*ResubmitJobResponse)(nil),    // 9: pergola.v1.ResubmitJobResponse
+	(*DeleteJobRequest)(nil),       // 10: pergola.v1.DeleteJobRequest
+	(*DeleteJobResponse)(nil),      // 11: pergola.v1.DeleteJobResponse
+	(*ListResultsRequest)(nil),     // 12: pergola.v1.ListResultsRequest
+	(*ListResultsResponse)(nil),    // 13: pergola.v1.ListResultsResponse
+	(*ResultFile)(nil),             // 14: pergola.v1.ResultFile
+	(*DownloadResultRequest)(nil),  // 15: pergola.v1.DownloadResultRequest
+	(*DownloadResultResponse)(nil), // 16: pergola.v1.DownloadResultResponse
+	(*WatchJobRequest)(nil),        // 17: pergola.v1.WatchJobRequest
+	(*WatchJobResponse)(nil),       // 18: pergola.v1.WatchJobResponse
+	(*TailLogsRequest)(nil),        // 19: pergola.v1.TailLogsRequest
+	(*TailLogsResponse)(nil),       // 20: pergola.v1.TailLogsResponse
+	(*ListSitesRequest)(nil),       // 21: pergola.v1.ListSitesRequest
+	(*ListSitesResponse)(nil),      // 22: pergola.v1.ListSitesResponse
+	(*Site)(nil),                   // 23: pergola.v1.Site
+	nil,                            // 24: pergola.v1.TailLogsRequest.OffsetsEntry
+	(*Job)(nil),                    // 25: pergola.v1.Job
+	(*Event)(nil),                  // 26: pergola.v1.Event
+	(*LogChunk)(nil),               // 27: pergola.v1.LogChunk
 }
 var file_pergola_v1_jobs_proto_depIdxs = []int32{
-	15, // 0: pergola.v1.SubmitJobResponse.job:type_name -> pergola.v1.Job
-	15, // 1: pergola.v1.GetJobResponse.job:type_name -> pergola.v1.Job
-	15, // 2: pergola.v1.ListJobsResponse.jobs:type_name -> pergola.v1.Job
-	15, // 3: pergola.v1.AbortJobResponse.job:type_name -> pergola.v1.Job
-	16, // 4: pergola.v1.WatchJobResponse.event:type_name -> pergola.v1.Event
-	17, // 5: pergola.v1.TailLogsResponse.chunk:type_name -> pergola.v1.LogChunk
-	14, // 6: pergola.v1.ListSitesResponse.sites:type_name -> pergola.v1.Site
-	0,  // 7: pergola.v1.JobService.SubmitJob:input_type -> pergola.v1.SubmitJobRequest
-	2,  // 8: pergola.v1.JobService.GetJob:input_type -> pergola.v1.GetJobRequest
-	4,  // 9: pergola.v1.JobService.ListJobs:input_type -> pergola.v1.ListJobsRequest
-	6,  // 10: pergola.v1.JobService.AbortJob:input_type -> pergola.v1.AbortJobRequest
-	8,  // 11: pergola.v1.JobService.WatchJob:input_type -> pergola.v1.WatchJobRequest
-	10, // 12: pergola.v1.JobService.TailLogs:input_type -> pergola.v1.TailLogsRequest
-	12, // 13: pergola.v1.JobService.ListSites:input_type -> pergola.v1.ListSitesRequest
-	1,  // 14: pergola.v1.JobService.SubmitJob:output_type -> pergola.v1.SubmitJobResponse
-	3,  // 15: pergola.v1.JobService.GetJob:output_type -> pergola.v1.GetJobResponse
-	5,  // 16: pergola.v1.JobService.ListJobs:output_type -> pergola.v1.ListJobsResponse
-	7,  // 17: pergola.v1.JobService.AbortJob:output_type -> pergola.v1.AbortJobResponse
-	9,  // 18: pergola.v1.JobService.WatchJob:output_type -> pergola.v1.WatchJobResponse
-	11, // 19: pergola.v1.JobService.TailLogs:output_type -> pergola.v1.TailLogsResponse
-	13, // 20: pergola.v1.JobService.ListSites:output_type -> pergola.v1.ListSitesResponse
-	14, // [14:21] is the sub-list for method output_type
-	7,  // [7:14] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	25, // 0: pergola.v1.SubmitJobResponse.job:type_name -> pergola.v1.Job
+	25, // 1: pergola.v1.GetJobResponse.job:type_name -> pergola.v1.Job
+	25, // 2: pergola.v1.ListJobsResponse.jobs:type_name -> pergola.v1.Job
+	25, // 3: pergola.v1.AbortJobResponse.job:type_name -> pergola.v1.Job
+	25, // 4: pergola.v1.ResubmitJobResponse.job:type_name -> pergola.v1.Job
+	14, // 5: pergola.v1.ListResultsResponse.files:type_name -> pergola.v1.ResultFile
+	26, // 6: pergola.v1.WatchJobResponse.event:type_name -> pergola.v1.Event
+	24, // 7: pergola.v1.TailLogsRequest.offsets:type_name -> pergola.v1.TailLogsRequest.OffsetsEntry
+	27, // 8: pergola.v1.TailLogsResponse.chunk:type_name -> pergola.v1.LogChunk
+	23, // 9: pergola.v1.ListSitesResponse.sites:type_name -> pergola.v1.Site
+	0,  // 10: pergola.v1.JobService.SubmitJob:input_type -> pergola.v1.SubmitJobRequest
+	2,  // 11: pergola.v1.JobService.GetJob:input_type -> pergola.v1.GetJobRequest
+	4,  // 12: pergola.v1.JobService.ListJobs:input_type -> pergola.v1.ListJobsRequest
+	6,  // 13: pergola.v1.JobService.AbortJob:input_type -> pergola.v1.AbortJobRequest
+	8,  // 14: pergola.v1.JobService.ResubmitJob:input_type -> pergola.v1.ResubmitJobRequest
+	10, // 15: pergola.v1.JobService.DeleteJob:input_type -> pergola.v1.DeleteJobRequest
+	12, // 16: pergola.v1.JobService.ListResults:input_type -> pergola.v1.ListResultsRequest
+	15, // 17: pergola.v1.JobService.DownloadResult:input_type -> pergola.v1.DownloadResultRequest
+	17, // 18: pergola.v1.JobService.WatchJob:input_type -> pergola.v1.WatchJobRequest
+	19, // 19: pergola.v1.JobService.TailLogs:input_type -> pergola.v1.TailLogsRequest
+	21, // 20: pergola.v1.JobService.ListSites:input_type -> pergola.v1.ListSitesRequest
+	1,  // 21: pergola.v1.JobService.SubmitJob:output_type -> pergola.v1.SubmitJobResponse
+	3,  // 22: pergola.v1.JobService.GetJob:output_type -> pergola.v1.GetJobResponse
+	5,  // 23: pergola.v1.JobService.ListJobs:output_type -> pergola.v1.ListJobsResponse
+	7,  // 24: pergola.v1.JobService.AbortJob:output_type -> pergola.v1.AbortJobResponse
+	9,  // 25: pergola.v1.JobService.ResubmitJob:output_type -> pergola.v1.ResubmitJobResponse
+	11, // 26: pergola.v1.JobService.DeleteJob:output_type -> pergola.v1.DeleteJobResponse
+	13, // 27: pergola.v1.JobService.ListResults:output_type -> pergola.v1.ListResultsResponse
+	16, // 28: pergola.v1.JobService.DownloadResult:output_type -> pergola.v1.DownloadResultResponse
+	18, // 29: pergola.v1.JobService.WatchJob:output_type -> pergola.v1.WatchJobResponse
+	20, // 30: pergola.v1.JobService.TailLogs:output_type -> pergola.v1.TailLogsResponse
+	22, // 31: pergola.v1.JobService.ListSites:output_type -> pergola.v1.ListSitesResponse
+	21, // [21:32] is the sub-list for method output_type
+	10, // [10:21] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_pergola_v1_jobs_proto_init() }
@@ -873,7 +1427,7 @@ func file_pergola_v1_jobs_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pergola_v1_jobs_proto_rawDesc), len(file_pergola_v1_jobs_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   15,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -32,6 +32,14 @@ const (
 	JobServiceListJobsProcedure = "/pergola.v1.JobService/ListJobs"
 	// JobServiceAbortJobProcedure is the procedure name of the JobService's AbortJob RPC.
 	JobServiceAbortJobProcedure = "/pergola.v1.JobService/AbortJob"
+	// JobServiceResubmitJobProcedure is the procedure name of the JobService's ResubmitJob RPC.
+	JobServiceResubmitJobProcedure = "/pergola.v1.JobService/ResubmitJob"
+	// JobServiceDeleteJobProcedure is the procedure name of the JobService's DeleteJob RPC.
+	JobServiceDeleteJobProcedure = "/pergola.v1.JobService/DeleteJob"
+	// JobServiceListResultsProcedure is the procedure name of the JobService's ListResults RPC.
+	JobServiceListResultsProcedure = "/pergola.v1.JobService/ListResults"
+	// JobServiceDownloadResultProcedure is the procedure name of the JobService's DownloadResult RPC.
+	JobServiceDownloadResultProcedure = "/pergola.v1.JobService/DownloadResult"
 	// JobServiceWatchJobProcedure is the procedure name of the JobService's WatchJob RPC.
 	JobServiceWatchJobProcedure = "/pergola.v1.JobService/WatchJob"
 	// JobServiceTailLogsProcedure is the procedure name of the JobService's TailLogs RPC.
@@ -69,6 +77,34 @@ var (
 			Procedure:  JobServiceAbortJobProcedure,
 		}
 	})
+	jobServiceResubmitJobSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeUnary,
+			Schema:     v1.File_pergola_v1_jobs_proto.Services().ByName("JobService").Methods().ByName("ResubmitJob"),
+			Procedure:  JobServiceResubmitJobProcedure,
+		}
+	})
+	jobServiceDeleteJobSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeUnary,
+			Schema:     v1.File_pergola_v1_jobs_proto.Services().ByName("JobService").Methods().ByName("DeleteJob"),
+			Procedure:  JobServiceDeleteJobProcedure,
+		}
+	})
+	jobServiceListResultsSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeUnary,
+			Schema:     v1.File_pergola_v1_jobs_proto.Services().ByName("JobService").Methods().ByName("ListResults"),
+			Procedure:  JobServiceListResultsProcedure,
+		}
+	})
+	jobServiceDownloadResultSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeServer,
+			Schema:     v1.File_pergola_v1_jobs_proto.Services().ByName("JobService").Methods().ByName("DownloadResult"),
+			Procedure:  JobServiceDownloadResultProcedure,
+		}
+	})
 	jobServiceWatchJobSpec = sync.OnceValue(func() connect.Spec {
 		return connect.Spec{
 			StreamType: connect.StreamTypeServer,
@@ -102,6 +138,14 @@ type JobServiceClient interface {
 	ListJobs(context.Context, *v1.ListJobsRequest) (*v1.ListJobsResponse, error)
 	// AbortJob asks for an orderly end. Aborting an ended job changes nothing.
 	AbortJob(context.Context, *v1.AbortJobRequest) (*v1.AbortJobResponse, error)
+	// ResubmitJob makes a new job of an old one's bundle and settings.
+	ResubmitJob(context.Context, *v1.ResubmitJobRequest) (*v1.ResubmitJobResponse, error)
+	// DeleteJob removes a job that is over, with its events, logs and results.
+	DeleteJob(context.Context, *v1.DeleteJobRequest) (*v1.DeleteJobResponse, error)
+	// ListResults gives the files that a job left: its results and the hub's copy of its logs.
+	ListResults(context.Context, *v1.ListResultsRequest) (*v1.ListResultsResponse, error)
+	// DownloadResult streams one of these files.
+	DownloadResult(context.Context, *v1.DownloadResultRequest) (JobServiceDownloadResultClientStream, error)
 	// WatchJob streams a job's events from a position on, and ends after the job's last one.
 	WatchJob(context.Context, *v1.WatchJobRequest) (JobServiceWatchJobClientStream, error)
 	// TailLogs streams the log files of a job's parties, and ends when the job has ended and all is sent.
@@ -114,6 +158,27 @@ type JobServiceClient interface {
 // clients may share a single connect.Client.
 func NewJobServiceClient(client *connect.Client) JobServiceClient {
 	return &jobServiceClient{client: client}
+}
+
+// JobServiceDownloadResultClientStream is the client stream for the JobService's DownloadResult
+// RPC.
+type JobServiceDownloadResultClientStream struct {
+	stream connect.ClientStream
+}
+
+// Receive returns the next response message from the server.
+func (s JobServiceDownloadResultClientStream) Receive() (*v1.DownloadResultResponse, error) {
+	var res v1.DownloadResultResponse
+	if err := s.stream.Receive(&res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+// Close releases the stream's resources. It is idempotent and is typically deferred to clean up a
+// stream abandoned before io.EOF.
+func (s JobServiceDownloadResultClientStream) Close() error {
+	return s.stream.Close()
 }
 
 // JobServiceWatchJobClientStream is the client stream for the JobService's WatchJob RPC.
@@ -166,6 +231,14 @@ type JobServiceHandler interface {
 	ListJobs(context.Context, *v1.ListJobsRequest) (*v1.ListJobsResponse, error)
 	// AbortJob asks for an orderly end. Aborting an ended job changes nothing.
 	AbortJob(context.Context, *v1.AbortJobRequest) (*v1.AbortJobResponse, error)
+	// ResubmitJob makes a new job of an old one's bundle and settings.
+	ResubmitJob(context.Context, *v1.ResubmitJobRequest) (*v1.ResubmitJobResponse, error)
+	// DeleteJob removes a job that is over, with its events, logs and results.
+	DeleteJob(context.Context, *v1.DeleteJobRequest) (*v1.DeleteJobResponse, error)
+	// ListResults gives the files that a job left: its results and the hub's copy of its logs.
+	ListResults(context.Context, *v1.ListResultsRequest) (*v1.ListResultsResponse, error)
+	// DownloadResult streams one of these files.
+	DownloadResult(context.Context, *v1.DownloadResultRequest, JobServiceDownloadResultServerStream) error
 	// WatchJob streams a job's events from a position on, and ends after the job's last one.
 	WatchJob(context.Context, *v1.WatchJobRequest, JobServiceWatchJobServerStream) error
 	// TailLogs streams the log files of a job's parties, and ends when the job has ended and all is sent.
@@ -182,10 +255,30 @@ func RegisterJobServiceHandler(server *connect.Server, svc JobServiceHandler) {
 		connect.Method{Spec: jobServiceGetJobSpec(), Handler: adapter.getJob},
 		connect.Method{Spec: jobServiceListJobsSpec(), Handler: adapter.listJobs},
 		connect.Method{Spec: jobServiceAbortJobSpec(), Handler: adapter.abortJob},
+		connect.Method{Spec: jobServiceResubmitJobSpec(), Handler: adapter.resubmitJob},
+		connect.Method{Spec: jobServiceDeleteJobSpec(), Handler: adapter.deleteJob},
+		connect.Method{Spec: jobServiceListResultsSpec(), Handler: adapter.listResults},
+		connect.Method{Spec: jobServiceDownloadResultSpec(), Handler: adapter.downloadResult},
 		connect.Method{Spec: jobServiceWatchJobSpec(), Handler: adapter.watchJob},
 		connect.Method{Spec: jobServiceTailLogsSpec(), Handler: adapter.tailLogs},
 		connect.Method{Spec: jobServiceListSitesSpec(), Handler: adapter.listSites},
 	)
+}
+
+// JobServiceDownloadResultServerStream is the server stream for the JobService's DownloadResult
+// RPC.
+type JobServiceDownloadResultServerStream struct {
+	stream connect.ServerStream
+}
+
+// SendHeaders flushes the response headers without a message. The first Send does this implicitly.
+func (s JobServiceDownloadResultServerStream) SendHeaders() error {
+	return s.stream.SendHeaders()
+}
+
+// Send sends a response message to the client.
+func (s JobServiceDownloadResultServerStream) Send(res *v1.DownloadResultResponse) error {
+	return s.stream.Send(res)
 }
 
 // JobServiceWatchJobServerStream is the server stream for the JobService's WatchJob RPC.
@@ -237,6 +330,22 @@ func (UnimplementedJobServiceHandler) AbortJob(context.Context, *v1.AbortJobRequ
 	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.JobService.AbortJob is not implemented")
 }
 
+func (UnimplementedJobServiceHandler) ResubmitJob(context.Context, *v1.ResubmitJobRequest) (*v1.ResubmitJobResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.JobService.ResubmitJob is not implemented")
+}
+
+func (UnimplementedJobServiceHandler) DeleteJob(context.Context, *v1.DeleteJobRequest) (*v1.DeleteJobResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.JobService.DeleteJob is not implemented")
+}
+
+func (UnimplementedJobServiceHandler) ListResults(context.Context, *v1.ListResultsRequest) (*v1.ListResultsResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.JobService.ListResults is not implemented")
+}
+
+func (UnimplementedJobServiceHandler) DownloadResult(context.Context, *v1.DownloadResultRequest, JobServiceDownloadResultServerStream) error {
+	return connect.NewError(connect.CodeUnimplemented, "pergola.v1.JobService.DownloadResult is not implemented")
+}
+
 func (UnimplementedJobServiceHandler) WatchJob(context.Context, *v1.WatchJobRequest, JobServiceWatchJobServerStream) error {
 	return connect.NewError(connect.CodeUnimplemented, "pergola.v1.JobService.WatchJob is not implemented")
 }
@@ -283,6 +392,38 @@ func (c *jobServiceClient) AbortJob(ctx context.Context, req *v1.AbortJobRequest
 		return nil, err
 	}
 	return &res, nil
+}
+
+func (c *jobServiceClient) ResubmitJob(ctx context.Context, req *v1.ResubmitJobRequest) (*v1.ResubmitJobResponse, error) {
+	var res v1.ResubmitJobResponse
+	if err := c.client.CallUnary(ctx, jobServiceResubmitJobSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+func (c *jobServiceClient) DeleteJob(ctx context.Context, req *v1.DeleteJobRequest) (*v1.DeleteJobResponse, error) {
+	var res v1.DeleteJobResponse
+	if err := c.client.CallUnary(ctx, jobServiceDeleteJobSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+func (c *jobServiceClient) ListResults(ctx context.Context, req *v1.ListResultsRequest) (*v1.ListResultsResponse, error) {
+	var res v1.ListResultsResponse
+	if err := c.client.CallUnary(ctx, jobServiceListResultsSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+func (c *jobServiceClient) DownloadResult(ctx context.Context, req *v1.DownloadResultRequest) (JobServiceDownloadResultClientStream, error) {
+	stream, err := c.client.CallServerStream(ctx, jobServiceDownloadResultSpec(), req)
+	if err != nil {
+		return JobServiceDownloadResultClientStream{}, err
+	}
+	return JobServiceDownloadResultClientStream{stream: stream}, nil
 }
 
 func (c *jobServiceClient) WatchJob(ctx context.Context, req *v1.WatchJobRequest) (JobServiceWatchJobClientStream, error) {
@@ -357,6 +498,50 @@ func (h jobServiceHandler) abortJob(ctx context.Context, _ connect.Spec, stream 
 		return err
 	}
 	return stream.Send(res)
+}
+
+func (h jobServiceHandler) resubmitJob(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.ResubmitJobRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.ResubmitJob(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
+func (h jobServiceHandler) deleteJob(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.DeleteJobRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.DeleteJob(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
+func (h jobServiceHandler) listResults(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.ListResultsRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.ListResults(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
+func (h jobServiceHandler) downloadResult(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.DownloadResultRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	return h.svc.DownloadResult(ctx, &req, JobServiceDownloadResultServerStream{stream: stream})
 }
 
 func (h jobServiceHandler) watchJob(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
