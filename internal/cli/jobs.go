@@ -329,16 +329,21 @@ func newEvents(e env) *cobra.Command {
 					_, err := fmt.Fprintf(e.stdout, "%s  %-12s %-16s %s\n", ev.At.Local().Format("2006-01-02 15:04:05.000"), who, ev.Kind, ev.Body)
 					return err
 				})
-				if ctx.Err() != nil {
-					return nil // as the user wants it
-				}
-				return err
+				return unlessInterrupted(ctx, err)
 			})
 		},
 	}
 	c.Flags().BoolVarP(&follow, "follow", "f", false, "go on until the job is over")
 	c.Flags().Int64Var(&after, "after", 0, "only events behind this position (seq in --json)")
 	return h.add(c, "one JSON object a line")
+}
+
+// unlessInterrupted gives err, but where the user has ended the watching: that is no failure.
+func unlessInterrupted(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
 }
 
 // telling says on stderr when the hub goes away and comes back.
@@ -487,10 +492,7 @@ the party that it is of. With --follow it goes on until the job is over, also wh
 					return err
 				}}
 				if err := h.telling().Tail(ctx, c, id, parties, !follow, l.add); err != nil {
-					if ctx.Err() != nil {
-						return nil // as the user wants it
-					}
-					return err
+					return unlessInterrupted(ctx, err)
 				}
 				return l.end()
 			})

@@ -128,7 +128,7 @@ func (f *runFlags) printer(e env) (show printer, end func()) {
 }
 
 // send prepares the app, and submits it.
-func (f *submitFlags) send(ctx context.Context, c *api.Client, arg string, o localrun.Options, show printer) (*pb.Job, *prepare.App, error) {
+func (f *submitFlags) send(ctx context.Context, c *api.Client, arg string, o localrun.Options, show printer) (j *pb.Job, app *prepare.App, err error) {
 	dir := arg
 	in, err := input(arg)
 	if err != nil {
@@ -143,11 +143,15 @@ func (f *submitFlags) send(ctx context.Context, c *api.Client, arg string, o loc
 		}
 	}
 	if in != nil {
-		tmp, err := os.MkdirTemp("", "pergola-submit-*")
-		if err != nil {
-			return nil, nil, err
+		tmp, e := os.MkdirTemp("", "pergola-submit-*")
+		if e != nil {
+			return nil, nil, e
 		}
-		defer os.RemoveAll(tmp)
+		defer func() {
+			if e := os.RemoveAll(tmp); e != nil && err == nil {
+				err = e
+			}
+		}()
 		dir = filepath.Join(tmp, in.Name)
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			return nil, nil, err
@@ -159,7 +163,7 @@ func (f *submitFlags) send(ctx context.Context, c *api.Client, arg string, o loc
 			return nil, nil, err
 		}
 	}
-	j, app, err := f.prepared(ctx, c, dir, o, tell)
+	j, app, err = f.prepared(ctx, c, dir, o, tell)
 	if p, ok := errors.AsType[*problem.Error](err); ok && in != nil {
 		named := *p.Told()
 		named.Msg, named.Next = strings.ReplaceAll(p.Msg, dir, in.Shown), strings.ReplaceAll(p.Next, dir, in.Shown)
@@ -240,8 +244,8 @@ func (f *submitFlags) watch(ctx context.Context, e env, c *api.Client, sum local
 	if sum.Cause != nil {
 		failed = sum.Cause
 	}
-	if f.json {
-		return errOf(show.(*machine).summary(sum), failed)
+	if m, ok := show.(*machine); ok {
+		return errOf(m.summary(sum), failed)
 	}
 	if err := printSummary(e.stdout, sum); err != nil {
 		return err
