@@ -340,8 +340,8 @@ func newEvents(e env) *cobra.Command {
 
 // unlessInterrupted gives err, but where the user has ended the watching: that is no failure.
 func unlessInterrupted(ctx context.Context, err error) error {
-	if ctx.Err() != nil {
-		return nil
+	if errors.Is(ctx.Err(), context.Canceled) {
+		err = nil
 	}
 	return err
 }
