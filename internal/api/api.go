@@ -235,3 +235,9 @@ func stamp(t time.Time) *timestamppb.Timestamp {
 	}
 	return timestamppb.New(t)
 }
+
+// NewEnrolClient calls the hub to which t connects as a newcomer.
+func NewEnrolClient(t *http.Transport) pergolav1connect.EnrolServiceClient {
+	c := connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: t}, "https://"+pki.HubName, connecthttp.WithReadMaxBytes(MaxMessage)), clientProblems)
+	return pergolav1connect.NewEnrolServiceClient(c)
+}

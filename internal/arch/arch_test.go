@@ -68,6 +68,7 @@ var layer = map[string]int{
 	"hub":      4,
 	"localrun": 4,
 	"prepare":  4,
+	"enrol":    3,
 	"client":   4,
 	"runner":   4,
 	"site":     4,
@@ -82,6 +83,7 @@ var beside = map[string]bool{
 	"api job":                       true, // it has the wire's forms of what job has
 	"hub runner":                    true, // each starts runners and reads their journals;
 	"site runner":                   true, // a runner knows neither
+	"enrol api":                     true, // a newcomer's one call
 	"localrun prepare":              true, // the same app, the same bundle as for a hub that runs for years
 	"localrun hub":                  true, // it writes the configuration that the processes it starts read
 	"localrun site":                 true,

@@ -38,9 +38,10 @@ func (f *serviceFlags) log(e env) (*slog.Logger, error) {
 func newHub(e env) *cobra.Command {
 	var f serviceFlags
 	c := &cobra.Command{
-		Use: "hub --dir DIR", Short: "Run a hub from a directory that has hub.toml, its keys and its authority", Hidden: true,
-		Args: exactArgs(0, "no argument"), Example: "  pergola hub --dir /var/lib/pergola",
+		Use: "hub", Short: "Run the hub of this machine; make one with: pergola hub init",
+		Args: exactArgs(0, "no argument"), Example: "  pergola hub init --address hub.example.org:8443\n  pergola hub\n  pergola hub --dir /srv/hub --log-level debug",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			f.dir = serviceDir(f.dir, "hub")
 			log, err := f.log(e)
 			if err != nil {
 				return err
@@ -58,17 +59,18 @@ func newHub(e env) *cobra.Command {
 			return said
 		},
 	}
-	f.add(c, "the hub's directory")
-	c.AddCommand(newHubBackup(e))
+	f.add(c, "the hub's directory (PERGOLA_DIR)")
+	c.AddCommand(newHubInit(e), newHubToken(e), newHubBackup(e))
 	return c
 }
 
 func newSite(e env) *cobra.Command {
 	var f serviceFlags
 	c := &cobra.Command{
-		Use: "site --dir DIR", Short: "Run a site's agent from a directory that has site.toml and its keys", Hidden: true,
-		Args: exactArgs(0, "no argument"), Example: "  pergola site --dir /var/lib/pergola",
+		Use: "site", Short: "Run the site's agent of this machine; make one with: pergola site join TOKEN",
+		Args: exactArgs(0, "no argument"), Example: "  pergola site join TOKEN\n  pergola site\n  pergola site --dir /srv/pergola --log-level debug",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			f.dir = serviceDir(f.dir, "site")
 			log, err := f.log(e)
 			if err != nil {
 				return err
@@ -82,7 +84,8 @@ func newSite(e env) *cobra.Command {
 			return a.Run(ctx)
 		},
 	}
-	f.add(c, "the agent's directory")
+	f.add(c, "the agent's directory (PERGOLA_DIR)")
+	c.AddCommand(newSiteJoin(e))
 	return c
 }
 

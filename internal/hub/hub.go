@@ -19,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/pergolafl/pergola/internal/api"
@@ -39,7 +40,8 @@ const ConfigFile = "hub.toml"
 // Config is a hub's hub.toml.
 type Config struct {
 	Listen    string       `toml:"listen"`     // host:port of the one port; port 0 = any free one
-	Sites     []string     `toml:"sites"`      // enrolled sites
+	Addresses []string     `toml:"addresses"`  // host:port at which sites and users reach it, for the tokens by which they enrol
+	Sites     []string     `toml:"sites"`      // sites that are enrolled without a token
 	Python    string       `toml:"python"`     // interpreter for the hub's side of jobs; "" = the best of PATH
 	Existing  bool         `toml:"existing"`   // use Python as it is, build no environments
 	Cache     string       `toml:"cache"`      // environments; "" = the user's cache folder
@@ -106,7 +108,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	if err != nil {
 		return nil, err
 	}
-	h.tls = pki.ServerTLS(cert, h.auth.Roots(), "h2", "http/1.1", link.ALPN)
+	h.tls = h.auth.WithJoin(pki.ServerTLS(cert, h.auth.Roots(), "h2", "http/1.1", link.ALPN))
 	for _, d := range []string{"jobs", "bundles"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
 			return nil, diskProblem(err)
@@ -185,26 +187,49 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 		ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelDebug), BaseContext: func(net.Listener) context.Context { return ctx },
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
 	}
+	joining := api.NewServer(h.log)
+	pergolav1connect.RegisterEnrolServiceHandler(joining, enrolService{h})
+	joinMux := http.NewServeMux()
+	api.Mount(joinMux, joining)
+	js := &http.Server{
+		Handler: http.MaxBytesHandler(joinMux, maxJoinBytes), ReadTimeout: 10 * time.Second, WriteTimeout: 20 * time.Second,
+		ErrorLog: hs.ErrorLog, BaseContext: hs.BaseContext,
+	}
+	js.SetKeepAlivesEnabled(false)
+	g.Go(func() error { return serveHTTP(ctx, js, netutil.LimitListener(p.join, maxJoining)) })
 	g.Go(func() error { return p.run(ctx, func(c *tls.Conn) { h.splice(ctx, c) }) })
+	g.Go(func() error { return serveHTTP(ctx, hs, p.http) })
+	g.Go(func() error { return h.control(ctx) })
+	listening(ln.Addr())
+	h.log.Info("the hub listens", "address", ln.Addr().String())
+	return g.Wait()
+}
+
+// Newcomers have no certificate yet: few at a time, and a request for one is small.
+const (
+	maxJoining   = 64
+	maxJoinBytes = 64 << 10
+)
+
+// serveHTTP serves until ctx is done.
+func serveHTTP(ctx context.Context, s *http.Server, ln net.Listener) error {
+	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
-		if err := hs.Serve(p.http); !errors.Is(err, http.ErrServerClosed) {
+		if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) {
 			return err
 		}
 		return nil
 	})
 	g.Go(func() error {
-		<-ctx.Done()
+		<-gctx.Done()
 		// Streams end with BaseContext; whoever does not take that in 2 s is cut off.
-		bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+		bye, cancel := context.WithTimeout(context.WithoutCancel(gctx), 2*time.Second)
 		defer cancel()
-		if err := hs.Shutdown(bye); err != nil {
-			return hs.Close()
+		if err := s.Shutdown(bye); err != nil {
+			return s.Close()
 		}
 		return nil
 	})
-	g.Go(func() error { return h.control(ctx) })
-	listening(ln.Addr())
-	h.log.Info("the hub listens", "address", ln.Addr().String())
 	return g.Wait()
 }
 

@@ -35,6 +35,7 @@ type port struct {
 	conf *tls.Config
 	log  *slog.Logger
 	http *connListener
+	join *connListener // of newcomers without a certificate
 	busy chan struct{} // one token for each handshake under way
 	wait time.Duration // how long one may take
 
@@ -46,6 +47,7 @@ func newPort(ln net.Listener, conf *tls.Config, log *slog.Logger) *port {
 	return &port{
 		ln: ln, conf: conf, log: log, busy: make(chan struct{}, maxHandshakes), wait: handshakeTimeout, sources: map[netip.Addr]int{},
 		http: &connListener{addr: ln.Addr(), conns: make(chan net.Conn), closed: make(chan struct{})},
+		join: &connListener{addr: ln.Addr(), conns: make(chan net.Conn), closed: make(chan struct{})},
 	}
 }
 
@@ -100,11 +102,14 @@ func (p *port) run(ctx context.Context, onLink func(*tls.Conn)) error {
 				c.Close()
 				return
 			}
-			if tc.ConnectionState().NegotiatedProtocol == link.ALPN {
+			switch tc.ConnectionState().NegotiatedProtocol {
+			case link.ALPN:
 				onLink(tc)
-				return
+			case pki.JoinALPN:
+				p.join.give(ctx, tc)
+			default:
+				p.http.give(ctx, tc)
 			}
-			p.http.give(ctx, tc)
 		})
 	}
 }

@@ -37,7 +37,7 @@ func (s jobService) ResubmitJob(ctx context.Context, req *pb.ResubmitJobRequest)
 	if _, err := s.db.Bundle(ctx, old.Bundle); err != nil {
 		return nil, err
 	}
-	if err := s.enrolled(old.Spec.Sites); err != nil {
+	if err := s.enrolled(ctx, old.Spec.Sites); err != nil {
 		return nil, err
 	}
 	now := time.Now()

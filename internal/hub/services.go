@@ -75,11 +75,13 @@ func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*p
 		return nil, err
 	}
 	spec = spec.WithDefaults()
-	if err := s.enrolled(spec.Sites); err != nil {
+	if err := s.enrolled(ctx, spec.Sites); err != nil {
 		return nil, err
 	}
 	if len(spec.Sites) == 0 {
-		spec.Sites = slices.Clone(s.conf.Sites)
+		if spec.Sites, err = s.siteNames(ctx); err != nil {
+			return nil, err
+		}
 	}
 	for _, n := range spec.MandatorySites {
 		if !slices.Contains(spec.Sites, n) {
@@ -96,16 +98,6 @@ func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*p
 	}
 	out, err := s.withParties(ctx, j)
 	return &pb.SubmitJobResponse{Job: out}, err
-}
-
-// enrolled refuses a site that is not.
-func (h *Hub) enrolled(sites []string) error {
-	for _, n := range sites {
-		if !slices.Contains(h.conf.Sites, n) {
-			return problem.New(problem.NotFound, "see the enrolled ones with: pergola sites", "no site is named %q%s", n, problem.DidYouMean(n, h.conf.Sites))
-		}
-	}
-	return nil
 }
 
 func (s jobService) withParties(ctx context.Context, j job.Job) (*pb.Job, error) {
@@ -318,7 +310,11 @@ func (s jobService) ListSites(ctx context.Context, _ *pb.ListSitesRequest) (*pb.
 		return nil, err
 	}
 	out := &pb.ListSitesResponse{}
-	for _, n := range s.conf.Sites {
+	names, err := s.siteNames(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range names {
 		_, ok := s.away(n)
 		out.Sites = append(out.Sites, &pb.Site{Name: n, Connected: ok})
 	}
@@ -471,7 +467,11 @@ func (s siteService) site(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if !slices.Contains(s.conf.Sites, id.Name) {
+	names, err := s.siteNames(ctx)
+	if err != nil {
+		return "", err
+	}
+	if !slices.Contains(names, id.Name) {
 		return "", problem.New(problem.Denied, "enrol it at the hub", "site %s is not enrolled", id.Name)
 	}
 	return id.Name, nil
