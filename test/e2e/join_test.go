@@ -46,7 +46,7 @@ func TestFromNothing(t *testing.T) {
 		}
 	}
 
-	operator.does(0, "hub", "init", "--address", addr, "--dir", hubDir, "--context", "here")
+	operator.does(0, "hub", "init", "--address", addr, "--listen", addr, "--dir", hubDir, "--context", "here")
 	if _, diag := operator.does(2, "hub", "init", "--address", addr, "--dir", hubDir, "--context", "there"); !strings.Contains(diag, "has a hub already") {
 		t.Errorf("a second hub in the same directory: %s", diag)
 	}
@@ -113,7 +113,7 @@ func TestFromNothing(t *testing.T) {
 	} else {
 		time.Sleep(time.Until(late.Expires.Add(10 * time.Millisecond)))
 	}
-	for text, want := range map[string]string{over: "over", other.String(): "not the hub that made the token", guessed.String(): "token"} {
+	for text, want := range map[string]string{over: "was good until", other.String(): "not the hub that made the token", guessed.String(): "token"} {
 		if _, diag := maria.does(1, "login", text, "--context", "no"); !strings.Contains(diag, want) {
 			t.Errorf("want %q: %s", want, diag)
 		}
