@@ -2,6 +2,7 @@ package runner
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -47,15 +48,8 @@ func Start(dir string, spec Spec) (h *Handle, err error) {
 	}
 	if spec.Tmp == "" {
 		// Not below dir: the paths of the sockets that Python makes there may have 107 bytes.
-		if spec.Tmp, err = os.MkdirTemp("", "pergola-"); err != nil {
-			return nil, err
-		}
+		spec.Tmp = filepath.Join(os.TempDir(), "pergola-"+rand.Text()[:12])
 	}
-	defer func() {
-		if err != nil {
-			_ = os.RemoveAll(spec.Tmp) // empty; what failed before counts
-		}
-	}()
 	if err := writeFile(filepath.Join(dir, specFile), spec); err != nil {
 		return nil, err
 	}
@@ -73,7 +67,12 @@ func Start(dir string, spec Spec) (h *Handle, err error) {
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.Env = append(os.Environ(), "TMPDIR="+spec.Tmp)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// As late as can be: from here on the runner removes it, also if this process is killed.
+	if err := os.Mkdir(spec.Tmp, 0o700); err != nil {
+		return nil, err
+	}
 	if err := cmd.Start(); err != nil {
+		_ = os.Remove(spec.Tmp) // empty; what failed before counts
 		return nil, err
 	}
 	gone := make(chan struct{})

@@ -69,6 +69,9 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	if err != nil {
 		return problem.Wrap(err, problem.Usage, "hubs and agents start runners; see `pergola run --help`", "this is no party's directory")
 	}
+	if spec.Tmp != "" {
+		defer func() { _ = os.RemoveAll(spec.Tmp) }() // the starter does it, too, if it is there
+	}
 	leash, err := leash()
 	if err != nil {
 		return err
@@ -87,9 +90,6 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	j, err := openJournal(dir, spec.Job, spec.Party)
 	if err != nil {
 		return err
-	}
-	if spec.Tmp != "" {
-		defer func() { _ = os.RemoveAll(spec.Tmp) }() // the starter does it, too, if it is there
 	}
 	r := &runner{dir: dir, spec: spec, log: log, journal: j, desired: newCell()}
 	ln, err := sock.Listen(filepath.Join(dir, controlSock))
