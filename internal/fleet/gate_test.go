@@ -556,3 +556,32 @@ func TestSuperlinkIsGone(t *testing.T) {
 		}
 	}
 }
+
+// A refusal whose status comes in the header must not be passed on in a header: the end of the call may come in a frame of its own,
+// and gRPC's core takes that for a broken stream.
+func TestStatusComesInTheTrailer(t *testing.T) {
+	r := newRig(t, time.Hour)
+	r.link.mu.Lock()
+	r.link.refuse = true
+	r.link.mu.Unlock()
+	cl := r.client(t, "a", true)
+	for range 50 { // the frames' order was a race
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://superlink/flwr.proto.Fleet/GetRun", bytes.NewReader(frame(nil)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", grpcType)
+		req.Header.Set("TE", "trailers")
+		resp, err := cl.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if h, tr := resp.Header.Get("Grpc-Status"), resp.Trailer.Get("Grpc-Status"); h != "" || tr != "16" {
+			t.Fatalf("status %q in the header, %q in the trailer", h, tr)
+		}
+	}
+}

@@ -464,13 +464,37 @@ func (g *Gate) proxy(c *call) {
 	if c.grpc {
 		p.Transport = c.site.h2
 	}
-	switch {
-	case c.late:
-		p.ModifyResponse = func(resp *http.Response) error { return g.judged(c, resp) }
-	case c.op == opCreate && c.Header.Get(timestampHeader) == "":
-		p.ModifyResponse = func(resp *http.Response) error { return g.created(c, resp) }
+	p.ModifyResponse = func(resp *http.Response) error {
+		if c.grpc {
+			asTrailer(resp)
+		}
+		switch {
+		case c.late:
+			return g.judged(c, resp)
+		case c.op == opCreate && c.Header.Get(timestampHeader) == "":
+			return g.created(c, resp)
+		}
+		return nil
 	}
 	p.ServeHTTP(c.w, c.Request)
+}
+
+// asTrailer takes the status of an answer without a body from its header to its trailer. A header that has it must be the answer's last frame
+// (Trailers-Only in gRPC's protocol over HTTP/2), but the proxy may flush it before the end, and then an empty DATA frame ends the answer:
+// gRPC's core calls that "Stream removed", status UNKNOWN, after which a supernode ends instead of trying again.
+func asTrailer(resp *http.Response) {
+	if resp.Header.Get("Grpc-Status") == "" {
+		return
+	}
+	if resp.Trailer == nil {
+		resp.Trailer = http.Header{}
+	}
+	for _, k := range []string{"Grpc-Status", "Grpc-Message", "Grpc-Status-Details-Bin"} {
+		if v := resp.Header.Values(k); len(v) > 0 {
+			resp.Trailer[k] = v
+			resp.Header.Del(k)
+		}
+	}
 }
 
 // created notes whose node a new one is.

@@ -2,6 +2,7 @@ package hub
 
 import (
 	"bytes"
+	"context"
 	"crypto/tls"
 	"io"
 	"net"
@@ -83,7 +84,9 @@ func TestEnrol(t *testing.T) {
 func TestNewcomersGetAtNothingElse(t *testing.T) {
 	s := serve(t)
 	conf := pki.JoinClientTLS(s.auth.Fingerprint())
-	client := &http.Client{Transport: &http.Transport{DialTLS: func(string, string) (net.Conn, error) { return tls.Dial("tcp", s.addr, conf) }, DisableKeepAlives: true}}
+	client := &http.Client{Transport: &http.Transport{DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&tls.Dialer{Config: conf}).DialContext(ctx, "tcp", s.addr)
+	}, DisableKeepAlives: true}}
 	for path, want := range map[string]int{
 		"/pergola.v1.EnrolService/Enrol":       http.StatusForbidden, // it is there, and wants a token
 		"/pergola.v1.JobService/ListJobs":      http.StatusNotFound,

@@ -263,7 +263,7 @@ func (r *run) knock(port string) {
 		{"a user asks for sites", "JobService/ListSites", `{}`, user, 200, []string{`"site-1"`, `"connected":true`}},
 		{"a user asks for the job", "JobService/GetJob", `{"id":"` + id + `"}`, user, 200, []string{`"running"`}},
 		{"a user asks for another job", "JobService/GetJob", `{"id":"01arz3ndektsv4rrffq69g5fav"}`, user, 404, []string{`"not_found"`}},
-		{"a user asks for nonsense", "JobService/GetJob", `{"id":"x"}`, user, 400, []string{`"invalid_argument"`, "is not the ID of a job"}},
+		{"a user asks for nonsense", "JobService/GetJob", `{"id":"x"}`, user, 404, []string{`"not_found"`, "there is no job x"}},
 		{"a site asks what a user may", "JobService/GetJob", `{"id":"` + id + `"}`, site, 403, []string{`"permission_denied"`}},
 		{"a site asks for all jobs", "JobService/ListJobs", `{}`, site, 403, []string{`"permission_denied"`}},
 		{"a site aborts the job", "JobService/AbortJob", `{"id":"` + id + `"}`, site, 403, []string{`"permission_denied"`}},
