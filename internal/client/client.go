@@ -139,7 +139,7 @@ func Load(name string) (Context, error) {
 			return Context{}, err
 		}
 		if name == "" {
-			return Context{}, problem.New(problem.Usage, "name one with --context, or make one as docs/jobs.md says", "no hub is known, or none is chosen")
+			return Context{}, problem.New(problem.Usage, "name one with --context, or log in with a token of the hub's operator: pergola login TOKEN", "no hub is known, or none is chosen")
 		}
 	}
 	dir, err := Folder()
