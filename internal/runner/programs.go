@@ -104,6 +104,9 @@ func (r *runner) prepare(ctx context.Context) (*prepared, error) {
 	for k, v := range r.spec.Spec.EnvFor(r.spec.Party) {
 		p.env = append(p.env, k+"="+v)
 	}
+	if kv, ok := r.spec.DeviceEnv(); ok {
+		p.env = append(slices.DeleteFunc(p.env, func(kv string) bool { return strings.HasPrefix(kv, deviceEnv+"=") }), kv)
+	}
 	if err := r.takeMetrics(ctx, p); err != nil {
 		return nil, errors.Join(err, p.claim.Close())
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/pergolafl/pergola/internal/job"
 )
@@ -69,8 +70,22 @@ type Spec struct {
 	Hub      []string `json:"hub,omitempty"`      // site's party: addresses of the hub, tried in turn; see package uplink
 	Proxy    string   `json:"proxy,omitempty"`    // site's party: the proxy on the way; "" = what the environment says
 
+	// GPUs are the ids of the devices that are the party's alone while it lives. nil: the site declares none, and the environment
+	// stays as it is; empty: the site has some, and none is for this party.
+	GPUs []string `json:"gpus"`
+
 	Tmp  string `json:"tmp"`  // TMPDIR of the runner and its programs, removed with them; made by Start if empty
 	Mark string `json:"mark"` // in the environment of every program, so that none is overlooked
+}
+
+// deviceEnv is by what programs are told which devices they may see; see
+// https://docs.nvidia.com/cuda/cuda-c-programming-guide/#env-vars.
+const deviceEnv = "CUDA_VISIBLE_DEVICES"
+
+// DeviceEnv gives the variable by which the party's programs see its own devices and no others. It comes last in their environment,
+// so that neither the job nor the site's settings give away what is another job's. ok is false where the site declares no devices.
+func (s Spec) DeviceEnv() (kv string, ok bool) {
+	return deviceEnv + "=" + strings.Join(s.GPUs, ","), s.GPUs != nil
 }
 
 // IsHub tells whether this is the hub's side of the job.
