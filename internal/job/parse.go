@@ -155,7 +155,8 @@ func hasSiteKeys(table map[string]any) bool {
 	_, cfg := table["node-config"].(map[string]any)
 	_, restarts := table["restarts"]
 	_, app := table["app-path"].(string)
-	return env || cfg || restarts || app || len(table) == 0
+	_, res := table["resources"].(map[string]any)
+	return env || cfg || restarts || app || res || len(table) == 0
 }
 
 func (p *specReader) value(key []string, v any, dst reflect.Value) {
@@ -248,6 +249,22 @@ func (p *specReader) value(key []string, v any, dst reflect.Value) {
 			return
 		}
 		dst.Set(reflect.ValueOf(NodeConfig(table))) // its values are judged by Site.faults
+	case Resources:
+		table, ok := v.(map[string]any)
+		if !ok {
+			wrong("a table", `write it like { cpus = 2, memory = "4GiB" }`)
+			return
+		}
+		out := make(Resources, len(table))
+		for _, k := range slices.Sorted(maps.Keys(table)) {
+			n, msg, next := ParseAmount(k, table[k])
+			if msg != "" {
+				p.fault(append(slices.Clone(key), k), msg, next)
+				continue
+			}
+			out[k] = n
+		}
+		dst.Set(reflect.ValueOf(out))
 	default:
 		table, ok := v.(map[string]any)
 		if !ok {

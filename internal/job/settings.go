@@ -19,9 +19,10 @@ var Settings = []Setting{
 	{"strict-clients", "boolean", "false", "--strict-clients", "a site's part that fails ends the job, also where `min-sites` could do without it", "none: as if false"},
 	{"join-wait", "duration", `"1m"`, "--join-wait", "how long the others are waited for once `min-sites` are there; `\"0\"`: until `start-timeout`", ""},
 	{
-		"start-timeout", "duration", `"10m"`, "--start-timeout", "longest wait for sites to connect, and then for the parties to be ready, counted from the last progress of a build",
+		"start-timeout", "duration", `"10m"`, "--start-timeout", "longest wait for the parties to be ready once the job has begun, counted from the last progress of a build; with `pergola run` also for sites to connect",
 		"`configure_task_timeout` (10 s), `start_task_timeout` (10 s), `runner_sync_timeout`, `max_runner_sync_timeout` (60 s), `max_reg_duration` (60 s)",
 	},
+	{"wait-timeout", "duration", "no limit", "--wait-timeout", "longest time in the queue; then the job fails ([more](scheduling.md)). With `pergola run`: `start-timeout`", ""},
 	{"deadline", "duration", "no limit", "--deadline", "from the start of the preparation to the end", ""},
 	{
 		"outage-tolerance", "duration", `"1h"`, "", "for how long a site's link may be cut before its part has failed",
@@ -43,6 +44,10 @@ var Settings = []Setting{
 	{"server.env", "table of strings", "none", "", "variables for the superlink and the server app", ""},
 	{"site.env", "table of strings", "none", "--site-env", "variables for the supernode and the client app", "`extra_env`"},
 	{"site.node-config", "table", "`partition-id`, `num-partitions`", "", "what Flower hands to the client app as its node's configuration", "fixed: `client-name`, `partition-id`, `num-partitions`"},
+	{
+		"site.resources", "table", "none", "--cpus, --memory, --gpus, --resource", "what the job needs of a site for itself: `cpus`, `memory` (as `\"8GiB\"`), `gpus`, and names of the sites' own; it waits until that is free ([more](scheduling.md))",
+		"`resource_spec`",
+	},
 	{"site.restarts", "whole number", "0", "", "how often a supernode that died is started again", "none: as if 0"},
 	{"site.app-path", "string", "the bundle's app", "", "an app that lies ready at the site, as a path below its folder for apps; flwr 1.12 and older ([more](predeployed-apps.md))", "`flower_app_path`"},
 }

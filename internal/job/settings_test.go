@@ -23,7 +23,7 @@ func keysOf(t reflect.Type, at string, out map[string]string) {
 		switch {
 		case f.Type == durationType:
 			out[at+name] = "duration"
-		case f.Type == reflect.TypeFor[NodeConfig]():
+		case f.Type == reflect.TypeFor[NodeConfig](), f.Type == reflect.TypeFor[Resources]():
 			out[at+name] = "table"
 		case f.Type.Kind() == reflect.Struct:
 			keysOf(f.Type, at+name+".", out)
@@ -139,7 +139,7 @@ func TestSettingsPage(t *testing.T) {
 	for _, s := range Settings {
 		flag, def, ref := s.Flag, s.Default, s.Reference
 		if flag != "" {
-			flag = "`" + flag + "`"
+			flag = "`" + strings.ReplaceAll(flag, ", ", "`, `") + "`"
 		}
 		if strings.HasPrefix(def, `"`) {
 			def = "`" + def + "`"

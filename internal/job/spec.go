@@ -45,6 +45,7 @@ type Spec struct {
 	OutageTolerance Duration `json:"outage-tolerance,omitzero" toml:"outage-tolerance"` // how long a site may be away
 	NoProgress      Duration `json:"no-progress,omitzero" toml:"no-progress"`           // longest silence of all parties together
 	StartTimeout    Duration `json:"start-timeout,omitzero" toml:"start-timeout"`       // until all wanted sites are ready
+	WaitTimeout     Duration `json:"wait-timeout,omitzero" toml:"wait-timeout"`         // longest time in the queue
 	JoinWait        Duration `json:"join-wait,omitzero" toml:"join-wait"`               // for the other sites, once min-sites are there
 
 	Server  Server   `json:"server,omitzero" toml:"server"`
@@ -82,9 +83,10 @@ type Server struct {
 type Site struct {
 	Env        map[string]string `json:"env,omitempty" toml:"env"`
 	NodeConfig NodeConfig        `json:"node-config,omitempty" toml:"node-config"`
-	Restarts   int               `json:"restarts,omitempty" toml:"restarts"` // how often a supernode that died is started again
-	AppPath    string            `json:"app-path,omitempty" toml:"app-path"` // an app that lies ready at the site, used in place of the bundle's
-	Named      map[string]Site   `json:"named,omitempty" toml:"-"`           // by the site's name; one level deep
+	Restarts   int               `json:"restarts,omitempty" toml:"restarts"`   // how often a supernode that died is started again
+	AppPath    string            `json:"app-path,omitempty" toml:"app-path"`   // an app that lies ready at the site, used in place of the bundle's
+	Resources  Resources         `json:"resources,omitempty" toml:"resources"` // of the site, for this job alone while it runs
+	Named      map[string]Site   `json:"named,omitempty" toml:"-"`             // by the site's name; one level deep
 }
 
 // NodeConfig is what Flower hands to every ClientApp of a node: scalars (string, int64, float64,
@@ -200,6 +202,7 @@ func (s Spec) WithDefaults() Spec {
 	s.OutageTolerance = s.OutageTolerance.Or(DefaultOutageTolerance)
 	s.NoProgress = s.NoProgress.Or(DefaultNoProgress)
 	s.StartTimeout = s.StartTimeout.Or(DefaultStartTimeout)
+	s.WaitTimeout = s.WaitTimeout.Or(NoLimit)
 	s.JoinWait = s.JoinWait.Or(DefaultJoinWait)
 	s.Server.ReadyTimeout = s.Server.ReadyTimeout.Or(DefaultReadyTimeout)
 	s.Server.StopGrace = s.Server.StopGrace.Or(DefaultStopGrace)
@@ -268,6 +271,7 @@ func (s Spec) faults() []fault {
 		{[]string{"outage-tolerance"}, s.OutageTolerance},
 		{[]string{"no-progress"}, s.NoProgress},
 		{[]string{"start-timeout"}, s.StartTimeout},
+		{[]string{"wait-timeout"}, s.WaitTimeout},
 		{[]string{"join-wait"}, s.JoinWait},
 		{[]string{"server", "ready-timeout"}, s.Server.ReadyTimeout},
 		{[]string{"server", "stop-grace"}, s.Server.StopGrace},
@@ -278,6 +282,9 @@ func (s Spec) faults() []fault {
 	}
 	if s.Server.StopGrace > maxStopGrace {
 		add(fmt.Sprintf("%s is too long: the end of a job would take as long", s.Server.StopGrace), "give "+maxStopGrace.String()+" at most", "server", "stop-grace")
+	}
+	if s.Priority < -maxPriority || s.Priority > maxPriority {
+		add(fmt.Sprintf("%d is no priority", s.Priority), fmt.Sprintf("give %d to %d; 0 is what jobs have that say nothing", -maxPriority, maxPriority), "priority")
 	}
 	for _, p := range s.Exclude {
 		if _, err := path.Match(p, ""); err != nil || p == "" {
@@ -319,6 +326,10 @@ func (s Site) faults(add func(msg, next string, key ...string), at ...string) {
 	restartsFault(s.Restarts, add, append(slices.Clone(at), "restarts")...)
 	appPathFault(s.AppPath, add, append(slices.Clone(at), "app-path")...)
 	envFaults(s.Env, add, append(slices.Clone(at), "env")...)
+	for _, k := range slices.Sorted(maps.Keys(s.Resources)) {
+		msg, next := ResourceFault(k, s.Resources[k])
+		add(msg, next, append(slices.Clone(at), "resources", k)...)
+	}
 	for _, k := range slices.Sorted(maps.Keys(s.NodeConfig)) {
 		key := append(slices.Clone(at), "node-config", k)
 		switch v := s.NodeConfig[k].(type) {

@@ -57,7 +57,7 @@ func TestParseSpecReadsTheWholeTable(t *testing.T) {
 	}
 }
 
-const topKeys = "deadline, engine, exclude, flower-installs, join-wait, mandatory-sites, min-sites, no-progress, outage-tolerance, run-config, server, site, sites, start-timeout, strict-clients"
+const topKeys = "deadline, engine, exclude, flower-installs, join-wait, mandatory-sites, min-sites, no-progress, outage-tolerance, run-config, server, site, sites, start-timeout, strict-clients, wait-timeout"
 
 // The server app's arguments may be one string, which is cut into words as a shell would, without one.
 func TestArgsAsString(t *testing.T) {
@@ -155,20 +155,28 @@ func TestParseSpecFaults(t *testing.T) {
 			"a table of a site that is not there", "[tool.pergola]\nsites = ['charite']\n[tool.pergola.site.chariet]\nenv = {A='b'}",
 			`p.toml:3: tool.pergola.site.chariet: site "chariet" is not among the job's sites; did you mean "charite"?; next: name it in sites too, or remove its table`,
 		},
-		{"an unknown key of all sites", "[tool.pergola.site]\nevn = 'x'", `p.toml:2: tool.pergola.site.evn: there is no such key; did you mean "env"?; next: the keys here are app-path, env, node-config, restarts`},
+		{"an unknown key of all sites", "[tool.pergola.site]\nevn = 'x'", `p.toml:2: tool.pergola.site.evn: there is no such key; did you mean "env"?; next: the keys here are app-path, env, node-config, resources, restarts`},
 		{
 			"a misspelt table of all sites", "[tool.pergola.site]\nndoe-config = { a = 1 }",
-			`p.toml:2: tool.pergola.site.ndoe-config: there is no such key; did you mean "node-config"?; next: the keys here are app-path, env, node-config, restarts and the names of sites`,
+			`p.toml:2: tool.pergola.site.ndoe-config: there is no such key; did you mean "node-config"?; next: the keys here are app-path, env, node-config, resources, restarts and the names of sites`,
 		},
 		{
 			"an unknown key of one site", "[tool.pergola.site.a]\nnodeconfig = {}",
-			`p.toml:2: tool.pergola.site.a.nodeconfig: there is no such key; did you mean "node-config"?; next: the keys here are app-path, env, node-config, restarts`,
+			`p.toml:2: tool.pergola.site.a.nodeconfig: there is no such key; did you mean "node-config"?; next: the keys here are app-path, env, node-config, resources, restarts`,
 		},
 		{"a number as a variable", "[tool.pergola.site]\nenv = { A = 'x',\n  B = 3 }", `p.toml:3: tool.pergola.site.env.B: this is a whole number, and has to be a string; next: put it in quotes`},
 		{"a string as the variables", "[tool.pergola.server]\nenv = 'A=b'", `p.toml:2: tool.pergola.server.env: this is a string, and has to be a table of strings; next: write it like { NAME = "value" }`},
 		{"a variable of ours", "[tool.pergola.server.env]\nPERGOLA_MARK = 'x'", `p.toml:2: tool.pergola.server.env.PERGOLA_MARK: variables that begin with PERGOLA_ belong to Pergola; next: choose another name`},
 		{"a variable that cannot be", "[tool.pergola.site.a.env]\n'A=B' = 'x'", `p.toml:2: tool.pergola.site.a.env.A=B: "A=B" cannot be the name of an environment variable; next: use letters, digits and underscores`},
 		{"a zero byte", "[tool.pergola.site.env]\nA = \"\\u0000\"", `p.toml:2: tool.pergola.site.env.A: the value holds a zero byte, which no program can be given; next: remove it`},
+		{"resources that are no table", "[tool.pergola.site]\nresources = 3", `p.toml:2: tool.pergola.site.resources: this is a whole number, and has to be a table; next: write it like { cpus = 2, memory = "4GiB" }`},
+		{"memory without a unit", "[tool.pergola.site.resources]\ncpus = 2\nmemory = 64", `p.toml:3: tool.pergola.site.resources.memory: memory has to have a unit; next: ` + sizeRule},
+		{"memory that is no size", "[tool.pergola.site]\nresources = { memory = '64 gigs' }", `p.toml:2: tool.pergola.site.resources.memory: "64 gigs" is not a size; next: ` + sizeRule},
+		{"a number in quotes", "[tool.pergola.site.a.resources]\ncpus = '2'", `p.toml:2: tool.pergola.site.a.resources.cpus: this is a string, and has to be a whole number; next: write it without quotes`},
+		{"half a device", "[tool.pergola.site.resources]\ngpus = 0.5", `p.toml:2: tool.pergola.site.resources.gpus: this is a fraction, and has to be a whole number; next: write it without quotes, like 2`},
+		{"fewer than none", "[tool.pergola.site.resources]\nlicence-x = -1", `p.toml:2: tool.pergola.site.resources.licence-x: -1 is no amount of licence-x; next: give 0 or more`},
+		{"a resource with a bad name", "[tool.pergola.site.resources]\nLicence_X = 1", `p.toml:2: tool.pergola.site.resources.Licence_X: "Licence_X" cannot be the name of a resource; next: ` + nameRule},
+		{"a number of jobs", "[tool.pergola.site.resources]\nmax-jobs = 1", `p.toml:2: tool.pergola.site.resources.max-jobs: max-jobs is for a site's own configuration; next: leave it out: a job counts as one at each of its sites`},
 		{"a list as node config", "[tool.pergola.site]\nnode-config = { a = [1] }", `p.toml:2: tool.pergola.site.node-config.a: Flower takes only strings, numbers and booleans here; next: write a string, or several keys`},
 		{"a node config that is no table", "[tool.pergola.site]\nnode-config = 'a=1'", `p.toml:2: tool.pergola.site.node-config: this is a string, and has to be a table; next: write it like { partition-id = 0 }`},
 		{"an infinite node config", "[tool.pergola.site.node-config]\na = nan", `p.toml:2: tool.pergola.site.node-config.a: the value is not a finite number; next: write a finite number`},
@@ -213,6 +221,9 @@ func TestSpecOfFlagsIsValidated(t *testing.T) {
 		{Spec{Deadline: -5}, "deadline: a duration cannot be negative"},
 		{Spec{Engine: "x"}, `engine: there is no engine "x"`},
 		{Spec{Server: Server{Args: []string{"a\x00"}}}, "server.args: "},
+		{Spec{Priority: 1001}, "priority: 1001 is no priority"},
+		{Spec{Site: Site{Resources: Resources{CPUs: -1}}}, "site.resources.cpus: "},
+		{Spec{WaitTimeout: -2}, "wait-timeout: "},
 		{Spec{Server: Server{Database: "a\x00"}}, "server.database: "},
 		{Spec{Site: Site{NodeConfig: NodeConfig{"a b": "x"}}}, "site.node-config.a b: "},
 		{Spec{Site: Site{NodeConfig: NodeConfig{"a": math.NaN()}}}, "site.node-config.a: "},
@@ -233,7 +244,7 @@ func TestDefaults(t *testing.T) {
 	got := Spec{NoProgress: NoLimit, StartTimeout: Duration(time.Second)}.WithDefaults()
 	want := Spec{
 		Engine: "auto", Deadline: NoLimit, OutageTolerance: Duration(time.Hour), NoProgress: NoLimit, StartTimeout: Duration(time.Second),
-		JoinWait: Duration(time.Minute), Server: Server{ReadyTimeout: Duration(time.Minute), StopGrace: Duration(2 * time.Second)},
+		WaitTimeout: NoLimit, JoinWait: Duration(time.Minute), Server: Server{ReadyTimeout: Duration(time.Minute), StopGrace: Duration(2 * time.Second)},
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("-want +got:\n%s", d)
@@ -373,7 +384,7 @@ func FuzzParseSpec(f *testing.F) {
 	f.Add(full)
 	for _, s := range []string{
 		"", "[tool.pergola]\nengine = 3", "[tool]\npergola.site.a.env.B = ''", "[[tool.pergola]]", "tool = {pergola = {site = {a = {}}}}",
-		"[tool.pergola.site.node-config]\na = 1e99\nb = -0.0\nc = 0x10", "[tool.pergola.site]\n\"\" = {}", "tool.pergola.server = {args = [[]]}",
+		"[tool.pergola.site.resources]\ncpus = 2\nmemory = '1.5 GB'\nlicence-x = 0", "[tool.pergola.site.node-config]\na = 1e99\nb = -0.0\nc = 0x10", "[tool.pergola.site]\n\"\" = {}", "tool.pergola.server = {args = [[]]}",
 	} {
 		f.Add([]byte(s))
 	}
