@@ -12,7 +12,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"slices"
 	"strings"
 	"syscall"
@@ -22,6 +21,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	"github.com/pergolafl/pergola/internal/api"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -189,15 +189,7 @@ func exactArgs(n int, what string) cobra.PositionalArgs {
 	}
 }
 
-func version() string {
-	v := "devel"
-	if bi, ok := debug.ReadBuildInfo(); ok {
-		if bi.Main.Version != "" && bi.Main.Version != "(devel)" {
-			v = bi.Main.Version
-		}
-	}
-	return v
-}
+func version() string { return api.BuildVersion() }
 
 func newVersion(e env) *cobra.Command {
 	var asJSON bool

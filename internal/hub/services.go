@@ -520,6 +520,9 @@ func (s siteService) WatchDesired(ctx context.Context, req *pb.WatchDesiredReque
 	if req.GetProtocol() != api.Protocol {
 		return problem.New(problem.Version, "install the same version at both", "the hub speaks version %d of the control protocol, the agent of %s version %d", api.Protocol, name, req.GetProtocol())
 	}
+	if err := s.sawSite(ctx, name, req); err != nil {
+		return err
+	}
 	wake, cancel := s.db.Subscribe("")
 	defer cancel()
 	changed, cancel2 := s.changed.Subscribe("")

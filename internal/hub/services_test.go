@@ -225,6 +225,10 @@ func TestWhoMayCall(t *testing.T) {
 			_, err := c.Jobs.ListSites(ctx, &pb.ListSitesRequest{})
 			return err
 		}},
+		{"DrainSite", []string{"user"}, func(ctx context.Context, c *api.Client) error {
+			_, err := c.Jobs.DrainSite(ctx, &pb.DrainSiteRequest{Name: "b", Drained: true})
+			return err
+		}},
 		{"HasBundle", []string{"user", "a"}, func(ctx context.Context, c *api.Client) error {
 			_, err := c.Bundles.HasBundle(ctx, &pb.HasBundleRequest{Digest: digest})
 			return err

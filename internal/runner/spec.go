@@ -49,6 +49,15 @@ func AttemptIn(dir string) int {
 	return s.Attempt
 }
 
+// GPUsIn gives the devices of the party that was started in dir; nil if nothing was, or it was given none.
+func GPUsIn(dir string) []string {
+	s, err := readSpec(dir)
+	if err != nil {
+		return nil
+	}
+	return s.GPUs
+}
+
 // Spec is what a starter hands to a runner. Paths are absolute.
 type Spec struct {
 	Job   job.ID   `json:"job"`

@@ -96,7 +96,9 @@ func (p *part) clear() {
 	p.keepLog()
 	if err := os.RemoveAll(p.agent.jobDir(p.id)); err != nil {
 		p.log.Error("could not remove the job's folder", "err", err)
+		return // what is still there still holds its devices
 	}
+	p.agent.giveBack(p.id)
 }
 
 // RunnerLogs is the folder in the agent's directory in which the runners' own logs are kept after their jobs, as JOB.log, and JOB-2.log and so on
@@ -224,8 +226,13 @@ func (p *part) start(ctx context.Context, dir, logDir string) (*runner.Handle, e
 		own.Env = merge(own.Env, a.conf.Env)
 		spec.Site.Named[a.conf.Name] = own
 	}
+	gpus, err := p.takeDevices(ctx, spec.ResourcesFor(a.conf.Name)[job.GPUs])
+	if err != nil {
+		return nil, err
+	}
 	return runner.Start(dir, runner.Spec{
-		Job: p.id, Party: a.conf.Name, Attempt: p.attempt(), Index: int(p.first.GetIndex()), Count: int(p.first.GetCount()), Spec: spec,
+		GPUs: gpus,
+		Job:  p.id, Party: a.conf.Name, Attempt: p.attempt(), Index: int(p.first.GetIndex()), Count: int(p.first.GetCount()), Spec: spec,
 		Bundle: bundleDir, Logs: logDir, Cache: a.conf.Cache, Python: a.conf.Python, Existing: a.conf.Existing, Apps: a.conf.Apps,
 		Hub: a.hubs, Proxy: a.conf.Proxy, Mark: a.mark(p.id),
 	})

@@ -108,7 +108,7 @@ func dialStub(t *testing.T, h *hubStub, attempt int32) *part {
 	ts.Config.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
 	ts.StartTLS()
 	t.Cleanup(ts.Close)
-	a := &Agent{dir: t.TempDir(), log: log, parts: map[job.ID]*part{}, last: map[job.ID]*part{}}
+	a := &Agent{dir: t.TempDir(), log: log, parts: map[job.ID]*part{}, last: map[job.ID]*part{}, taken: map[job.ID][]string{}, freed: make(chan struct{})}
 	a.conf.Name = "a"
 	a.client = api.NewClient(ts.Listener.Addr().String(), pki.ClientTLS(cert(pki.Identity{Kind: pki.KindSite, Name: "a"}), auth.Roots(), pki.HubName))
 	t.Cleanup(a.client.Close)

@@ -42,6 +42,10 @@ type Config struct {
 	Apps     string            `toml:"apps"`     // folder with apps that lie ready, for a job's site.app-path; "" = none
 	Env      map[string]string `toml:"env"`      // for every program at this site; wins over the job's
 	Mark     string            `toml:"mark"`     // begins the marks of this agent's programs; default the site's name
+
+	// Resources are what the site has for jobs: cpus, memory ("64GiB"), gpus (a number, or ids), names of its own, and max-jobs.
+	// Undeclared CPUs and memory are what the machine has.
+	Resources map[string]any `toml:"resources,omitempty"`
 }
 
 // Agent is a running agent.
@@ -49,10 +53,13 @@ type Agent struct {
 	dir    string
 	conf   Config
 	hubs   []string // its addresses
+	offer  offer
 	log    *slog.Logger
 	client *api.Client
 
-	mu    sync.Mutex // guards the rest
+	mu    sync.Mutex          // guards the rest
+	taken map[job.ID][]string // devices of parts, see takeDevices
+	freed chan struct{}       // closed and replaced when a part's folder is gone
 	parts map[job.ID]*part
 	last  map[job.ID]*part // those that were forgotten and have not ended yet
 	swept bool             // what jobs that ended while no agent ran have left is being taken away
@@ -64,7 +71,7 @@ func Open(dir string, log *slog.Logger) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{dir: dir, log: log, parts: map[job.ID]*part{}, last: map[job.ID]*part{}}
+	a := &Agent{dir: dir, log: log, parts: map[job.ID]*part{}, last: map[job.ID]*part{}, taken: map[job.ID][]string{}, freed: make(chan struct{})}
 	if err := config.Read(filepath.Join(dir, ConfigFile), &a.conf); err != nil {
 		return nil, err
 	}
@@ -72,6 +79,9 @@ func Open(dir string, log *slog.Logger) (*Agent, error) {
 		return nil, err
 	}
 	if a.hubs, err = a.conf.hubs(filepath.Join(dir, ConfigFile)); err != nil {
+		return nil, err
+	}
+	if a.offer, err = a.conf.offer(filepath.Join(dir, ConfigFile)); err != nil {
 		return nil, err
 	}
 	if a.conf.Cache == "" {
@@ -170,7 +180,7 @@ func (a *Agent) Run(ctx context.Context) error {
 
 // watch follows one stream of wishes to its end.
 func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) error {
-	s, err := a.client.Sites.WatchDesired(ctx, &pb.WatchDesiredRequest{Protocol: api.Protocol})
+	s, err := a.client.Sites.WatchDesired(ctx, &pb.WatchDesiredRequest{AgentVersion: api.BuildVersion(), Protocol: api.Protocol, Offer: a.offer.proto()})
 	if err != nil {
 		if p := pki.Explain(err); p != nil {
 			return p

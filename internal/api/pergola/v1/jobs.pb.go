@@ -9,6 +9,7 @@ package pergolav1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -1190,9 +1191,20 @@ func (x *ListSitesResponse) GetSites() []*Site {
 
 // Site is an enrolled organisation.
 type Site struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	Connected     bool                   `protobuf:"varint,2,opt,name=connected,proto3" json:"connected,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Name      string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Connected bool                   `protobuf:"varint,2,opt,name=connected,proto3" json:"connected,omitempty"`
+	// Since when it is connected or away; missing if it never came.
+	Since *timestamppb.Timestamp `protobuf:"bytes,20,opt,name=since,proto3" json:"since,omitempty"`
+	// It takes no new jobs.
+	Drained bool `protobuf:"varint,21,opt,name=drained,proto3" json:"drained,omitempty"`
+	// Of its Pergola, when it came last.
+	Version string `protobuf:"bytes,22,opt,name=version,proto3" json:"version,omitempty"`
+	// What it has for jobs, as it said when it came last, and what of that jobs have now; memory in bytes.
+	Offer *SiteOffer       `protobuf:"bytes,23,opt,name=offer,proto3" json:"offer,omitempty"`
+	Used  map[string]int64 `protobuf:"bytes,24,rep,name=used,proto3" json:"used,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// The jobs that have a part there.
+	Jobs          []string `protobuf:"bytes,25,rep,name=jobs,proto3" json:"jobs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1241,12 +1253,151 @@ func (x *Site) GetConnected() bool {
 	return false
 }
 
+func (x *Site) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Site) GetDrained() bool {
+	if x != nil {
+		return x.Drained
+	}
+	return false
+}
+
+func (x *Site) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *Site) GetOffer() *SiteOffer {
+	if x != nil {
+		return x.Offer
+	}
+	return nil
+}
+
+func (x *Site) GetUsed() map[string]int64 {
+	if x != nil {
+		return x.Used
+	}
+	return nil
+}
+
+func (x *Site) GetJobs() []string {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
+type DrainSiteRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// false: it takes jobs again.
+	Drained       bool `protobuf:"varint,2,opt,name=drained,proto3" json:"drained,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainSiteRequest) Reset() {
+	*x = DrainSiteRequest{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainSiteRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainSiteRequest) ProtoMessage() {}
+
+func (x *DrainSiteRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainSiteRequest.ProtoReflect.Descriptor instead.
+func (*DrainSiteRequest) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *DrainSiteRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DrainSiteRequest) GetDrained() bool {
+	if x != nil {
+		return x.Drained
+	}
+	return false
+}
+
+type DrainSiteResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Site          *Site                  `protobuf:"bytes,1,opt,name=site,proto3" json:"site,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DrainSiteResponse) Reset() {
+	*x = DrainSiteResponse{}
+	mi := &file_pergola_v1_jobs_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DrainSiteResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DrainSiteResponse) ProtoMessage() {}
+
+func (x *DrainSiteResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_jobs_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DrainSiteResponse.ProtoReflect.Descriptor instead.
+func (*DrainSiteResponse) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *DrainSiteResponse) GetSite() *Site {
+	if x != nil {
+		return x.Site
+	}
+	return nil
+}
+
 var File_pergola_v1_jobs_proto protoreflect.FileDescriptor
 
 const file_pergola_v1_jobs_proto_rawDesc = "" +
 	"\n" +
 	"\x15pergola/v1/jobs.proto\x12\n" +
-	"pergola.v1\x1a\x16pergola/v1/types.proto\"z\n" +
+	"pergola.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16pergola/v1/sites.proto\x1a\x16pergola/v1/types.proto\"z\n" +
 	"\x10SubmitJobRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -1314,10 +1465,24 @@ const file_pergola_v1_jobs_proto_rawDesc = "" +
 	"\x05chunk\x18\x01 \x01(\v2\x14.pergola.v1.LogChunkR\x05chunk\"\x12\n" +
 	"\x10ListSitesRequest\";\n" +
 	"\x11ListSitesResponse\x12&\n" +
-	"\x05sites\x18\x01 \x03(\v2\x10.pergola.v1.SiteR\x05sites\"8\n" +
+	"\x05sites\x18\x01 \x03(\v2\x10.pergola.v1.SiteR\x05sites\"\xc8\x02\n" +
 	"\x04Site\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
-	"\tconnected\x18\x02 \x01(\bR\tconnected2\xc6\x06\n" +
+	"\tconnected\x18\x02 \x01(\bR\tconnected\x120\n" +
+	"\x05since\x18\x14 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x18\n" +
+	"\adrained\x18\x15 \x01(\bR\adrained\x12\x18\n" +
+	"\aversion\x18\x16 \x01(\tR\aversion\x12+\n" +
+	"\x05offer\x18\x17 \x01(\v2\x15.pergola.v1.SiteOfferR\x05offer\x12.\n" +
+	"\x04used\x18\x18 \x03(\v2\x1a.pergola.v1.Site.UsedEntryR\x04used\x12\x12\n" +
+	"\x04jobs\x18\x19 \x03(\tR\x04jobs\x1a7\n" +
+	"\tUsedEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"@\n" +
+	"\x10DrainSiteRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
+	"\adrained\x18\x02 \x01(\bR\adrained\"9\n" +
+	"\x11DrainSiteResponse\x12$\n" +
+	"\x04site\x18\x01 \x01(\v2\x10.pergola.v1.SiteR\x04site2\x90\a\n" +
 	"\n" +
 	"JobService\x12H\n" +
 	"\tSubmitJob\x12\x1c.pergola.v1.SubmitJobRequest\x1a\x1d.pergola.v1.SubmitJobResponse\x12?\n" +
@@ -1330,7 +1495,8 @@ const file_pergola_v1_jobs_proto_rawDesc = "" +
 	"\x0eDownloadResult\x12!.pergola.v1.DownloadResultRequest\x1a\".pergola.v1.DownloadResultResponse0\x01\x12G\n" +
 	"\bWatchJob\x12\x1b.pergola.v1.WatchJobRequest\x1a\x1c.pergola.v1.WatchJobResponse0\x01\x12G\n" +
 	"\bTailLogs\x12\x1b.pergola.v1.TailLogsRequest\x1a\x1c.pergola.v1.TailLogsResponse0\x01\x12H\n" +
-	"\tListSites\x12\x1c.pergola.v1.ListSitesRequest\x1a\x1d.pergola.v1.ListSitesResponseB@Z>github.com/pergolafl/pergola/internal/api/pergola/v1;pergolav1b\x06proto3"
+	"\tListSites\x12\x1c.pergola.v1.ListSitesRequest\x1a\x1d.pergola.v1.ListSitesResponse\x12H\n" +
+	"\tDrainSite\x12\x1c.pergola.v1.DrainSiteRequest\x1a\x1d.pergola.v1.DrainSiteResponseB@Z>github.com/pergolafl/pergola/internal/api/pergola/v1;pergolav1b\x06proto3"
 
 var (
 	file_pergola_v1_jobs_proto_rawDescOnce sync.Once
@@ -1344,7 +1510,7 @@ func file_pergola_v1_jobs_proto_rawDescGZIP() []byte {
 	return file_pergola_v1_jobs_proto_rawDescData
 }
 
-var file_pergola_v1_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
+var file_pergola_v1_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_pergola_v1_jobs_proto_goTypes = []any{
 	(*SubmitJobRequest)(nil),       // 0: pergola.v1.SubmitJobRequest
 	(*SubmitJobResponse)(nil),      // 1: pergola.v1.SubmitJobResponse
@@ -1370,49 +1536,60 @@ var file_pergola_v1_jobs_proto_goTypes = []any{
 	(*ListSitesRequest)(nil),       // 21: pergola.v1.ListSitesRequest
 	(*ListSitesResponse)(nil),      // 22: pergola.v1.ListSitesResponse
 	(*Site)(nil),                   // 23: pergola.v1.Site
-	nil,                            // 24: pergola.v1.TailLogsRequest.OffsetsEntry
-	(*Job)(nil),                    // 25: pergola.v1.Job
-	(*Event)(nil),                  // 26: pergola.v1.Event
-	(*LogChunk)(nil),               // 27: pergola.v1.LogChunk
+	(*DrainSiteRequest)(nil),       // 24: pergola.v1.DrainSiteRequest
+	(*DrainSiteResponse)(nil),      // 25: pergola.v1.DrainSiteResponse
+	nil,                            // 26: pergola.v1.TailLogsRequest.OffsetsEntry
+	nil,                            // 27: pergola.v1.Site.UsedEntry
+	(*Job)(nil),                    // 28: pergola.v1.Job
+	(*Event)(nil),                  // 29: pergola.v1.Event
+	(*LogChunk)(nil),               // 30: pergola.v1.LogChunk
+	(*timestamppb.Timestamp)(nil),  // 31: google.protobuf.Timestamp
+	(*SiteOffer)(nil),              // 32: pergola.v1.SiteOffer
 }
 var file_pergola_v1_jobs_proto_depIdxs = []int32{
-	25, // 0: pergola.v1.SubmitJobResponse.job:type_name -> pergola.v1.Job
-	25, // 1: pergola.v1.GetJobResponse.job:type_name -> pergola.v1.Job
-	25, // 2: pergola.v1.ListJobsResponse.jobs:type_name -> pergola.v1.Job
-	25, // 3: pergola.v1.AbortJobResponse.job:type_name -> pergola.v1.Job
-	25, // 4: pergola.v1.ResubmitJobResponse.job:type_name -> pergola.v1.Job
+	28, // 0: pergola.v1.SubmitJobResponse.job:type_name -> pergola.v1.Job
+	28, // 1: pergola.v1.GetJobResponse.job:type_name -> pergola.v1.Job
+	28, // 2: pergola.v1.ListJobsResponse.jobs:type_name -> pergola.v1.Job
+	28, // 3: pergola.v1.AbortJobResponse.job:type_name -> pergola.v1.Job
+	28, // 4: pergola.v1.ResubmitJobResponse.job:type_name -> pergola.v1.Job
 	14, // 5: pergola.v1.ListResultsResponse.files:type_name -> pergola.v1.ResultFile
-	26, // 6: pergola.v1.WatchJobResponse.event:type_name -> pergola.v1.Event
-	24, // 7: pergola.v1.TailLogsRequest.offsets:type_name -> pergola.v1.TailLogsRequest.OffsetsEntry
-	27, // 8: pergola.v1.TailLogsResponse.chunk:type_name -> pergola.v1.LogChunk
+	29, // 6: pergola.v1.WatchJobResponse.event:type_name -> pergola.v1.Event
+	26, // 7: pergola.v1.TailLogsRequest.offsets:type_name -> pergola.v1.TailLogsRequest.OffsetsEntry
+	30, // 8: pergola.v1.TailLogsResponse.chunk:type_name -> pergola.v1.LogChunk
 	23, // 9: pergola.v1.ListSitesResponse.sites:type_name -> pergola.v1.Site
-	0,  // 10: pergola.v1.JobService.SubmitJob:input_type -> pergola.v1.SubmitJobRequest
-	2,  // 11: pergola.v1.JobService.GetJob:input_type -> pergola.v1.GetJobRequest
-	4,  // 12: pergola.v1.JobService.ListJobs:input_type -> pergola.v1.ListJobsRequest
-	6,  // 13: pergola.v1.JobService.AbortJob:input_type -> pergola.v1.AbortJobRequest
-	8,  // 14: pergola.v1.JobService.ResubmitJob:input_type -> pergola.v1.ResubmitJobRequest
-	10, // 15: pergola.v1.JobService.DeleteJob:input_type -> pergola.v1.DeleteJobRequest
-	12, // 16: pergola.v1.JobService.ListResults:input_type -> pergola.v1.ListResultsRequest
-	15, // 17: pergola.v1.JobService.DownloadResult:input_type -> pergola.v1.DownloadResultRequest
-	17, // 18: pergola.v1.JobService.WatchJob:input_type -> pergola.v1.WatchJobRequest
-	19, // 19: pergola.v1.JobService.TailLogs:input_type -> pergola.v1.TailLogsRequest
-	21, // 20: pergola.v1.JobService.ListSites:input_type -> pergola.v1.ListSitesRequest
-	1,  // 21: pergola.v1.JobService.SubmitJob:output_type -> pergola.v1.SubmitJobResponse
-	3,  // 22: pergola.v1.JobService.GetJob:output_type -> pergola.v1.GetJobResponse
-	5,  // 23: pergola.v1.JobService.ListJobs:output_type -> pergola.v1.ListJobsResponse
-	7,  // 24: pergola.v1.JobService.AbortJob:output_type -> pergola.v1.AbortJobResponse
-	9,  // 25: pergola.v1.JobService.ResubmitJob:output_type -> pergola.v1.ResubmitJobResponse
-	11, // 26: pergola.v1.JobService.DeleteJob:output_type -> pergola.v1.DeleteJobResponse
-	13, // 27: pergola.v1.JobService.ListResults:output_type -> pergola.v1.ListResultsResponse
-	16, // 28: pergola.v1.JobService.DownloadResult:output_type -> pergola.v1.DownloadResultResponse
-	18, // 29: pergola.v1.JobService.WatchJob:output_type -> pergola.v1.WatchJobResponse
-	20, // 30: pergola.v1.JobService.TailLogs:output_type -> pergola.v1.TailLogsResponse
-	22, // 31: pergola.v1.JobService.ListSites:output_type -> pergola.v1.ListSitesResponse
-	21, // [21:32] is the sub-list for method output_type
-	10, // [10:21] is the sub-list for method input_type
-	10, // [10:10] is the sub-list for extension type_name
-	10, // [10:10] is the sub-list for extension extendee
-	0,  // [0:10] is the sub-list for field type_name
+	31, // 10: pergola.v1.Site.since:type_name -> google.protobuf.Timestamp
+	32, // 11: pergola.v1.Site.offer:type_name -> pergola.v1.SiteOffer
+	27, // 12: pergola.v1.Site.used:type_name -> pergola.v1.Site.UsedEntry
+	23, // 13: pergola.v1.DrainSiteResponse.site:type_name -> pergola.v1.Site
+	0,  // 14: pergola.v1.JobService.SubmitJob:input_type -> pergola.v1.SubmitJobRequest
+	2,  // 15: pergola.v1.JobService.GetJob:input_type -> pergola.v1.GetJobRequest
+	4,  // 16: pergola.v1.JobService.ListJobs:input_type -> pergola.v1.ListJobsRequest
+	6,  // 17: pergola.v1.JobService.AbortJob:input_type -> pergola.v1.AbortJobRequest
+	8,  // 18: pergola.v1.JobService.ResubmitJob:input_type -> pergola.v1.ResubmitJobRequest
+	10, // 19: pergola.v1.JobService.DeleteJob:input_type -> pergola.v1.DeleteJobRequest
+	12, // 20: pergola.v1.JobService.ListResults:input_type -> pergola.v1.ListResultsRequest
+	15, // 21: pergola.v1.JobService.DownloadResult:input_type -> pergola.v1.DownloadResultRequest
+	17, // 22: pergola.v1.JobService.WatchJob:input_type -> pergola.v1.WatchJobRequest
+	19, // 23: pergola.v1.JobService.TailLogs:input_type -> pergola.v1.TailLogsRequest
+	21, // 24: pergola.v1.JobService.ListSites:input_type -> pergola.v1.ListSitesRequest
+	24, // 25: pergola.v1.JobService.DrainSite:input_type -> pergola.v1.DrainSiteRequest
+	1,  // 26: pergola.v1.JobService.SubmitJob:output_type -> pergola.v1.SubmitJobResponse
+	3,  // 27: pergola.v1.JobService.GetJob:output_type -> pergola.v1.GetJobResponse
+	5,  // 28: pergola.v1.JobService.ListJobs:output_type -> pergola.v1.ListJobsResponse
+	7,  // 29: pergola.v1.JobService.AbortJob:output_type -> pergola.v1.AbortJobResponse
+	9,  // 30: pergola.v1.JobService.ResubmitJob:output_type -> pergola.v1.ResubmitJobResponse
+	11, // 31: pergola.v1.JobService.DeleteJob:output_type -> pergola.v1.DeleteJobResponse
+	13, // 32: pergola.v1.JobService.ListResults:output_type -> pergola.v1.ListResultsResponse
+	16, // 33: pergola.v1.JobService.DownloadResult:output_type -> pergola.v1.DownloadResultResponse
+	18, // 34: pergola.v1.JobService.WatchJob:output_type -> pergola.v1.WatchJobResponse
+	20, // 35: pergola.v1.JobService.TailLogs:output_type -> pergola.v1.TailLogsResponse
+	22, // 36: pergola.v1.JobService.ListSites:output_type -> pergola.v1.ListSitesResponse
+	25, // 37: pergola.v1.JobService.DrainSite:output_type -> pergola.v1.DrainSiteResponse
+	26, // [26:38] is the sub-list for method output_type
+	14, // [14:26] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_pergola_v1_jobs_proto_init() }
@@ -1420,6 +1597,7 @@ func file_pergola_v1_jobs_proto_init() {
 	if File_pergola_v1_jobs_proto != nil {
 		return
 	}
+	file_pergola_v1_sites_proto_init()
 	file_pergola_v1_types_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1427,7 +1605,7 @@ func file_pergola_v1_jobs_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pergola_v1_jobs_proto_rawDesc), len(file_pergola_v1_jobs_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   25,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

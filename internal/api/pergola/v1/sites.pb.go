@@ -82,9 +82,11 @@ func (Desired) EnumDescriptor() ([]byte, []int) {
 }
 
 type WatchDesiredRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	AgentVersion  string                 `protobuf:"bytes,1,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
-	Protocol      int32                  `protobuf:"varint,2,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	AgentVersion string                 `protobuf:"bytes,1,opt,name=agent_version,json=agentVersion,proto3" json:"agent_version,omitempty"`
+	Protocol     int32                  `protobuf:"varint,2,opt,name=protocol,proto3" json:"protocol,omitempty"`
+	// What the site has for jobs. Not set by agents of before there was such a thing.
+	Offer         *SiteOffer `protobuf:"bytes,10,opt,name=offer,proto3" json:"offer,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -133,6 +135,68 @@ func (x *WatchDesiredRequest) GetProtocol() int32 {
 	return 0
 }
 
+func (x *WatchDesiredRequest) GetOffer() *SiteOffer {
+	if x != nil {
+		return x.Offer
+	}
+	return nil
+}
+
+// SiteOffer is what a site has for jobs.
+type SiteOffer struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By the resource's name; memory in bytes.
+	Resources map[string]int64 `protobuf:"bytes,1,rep,name=resources,proto3" json:"resources,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	// How many jobs may have a part at the site at a time; 0 for any number.
+	MaxJobs       int32 `protobuf:"varint,2,opt,name=max_jobs,json=maxJobs,proto3" json:"max_jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SiteOffer) Reset() {
+	*x = SiteOffer{}
+	mi := &file_pergola_v1_sites_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SiteOffer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SiteOffer) ProtoMessage() {}
+
+func (x *SiteOffer) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_sites_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SiteOffer.ProtoReflect.Descriptor instead.
+func (*SiteOffer) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *SiteOffer) GetResources() map[string]int64 {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
+}
+
+func (x *SiteOffer) GetMaxJobs() int32 {
+	if x != nil {
+		return x.MaxJobs
+	}
+	return 0
+}
+
 type WatchDesiredResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Parties       []*DesiredParty        `protobuf:"bytes,1,rep,name=parties,proto3" json:"parties,omitempty"`
@@ -142,7 +206,7 @@ type WatchDesiredResponse struct {
 
 func (x *WatchDesiredResponse) Reset() {
 	*x = WatchDesiredResponse{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[1]
+	mi := &file_pergola_v1_sites_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -154,7 +218,7 @@ func (x *WatchDesiredResponse) String() string {
 func (*WatchDesiredResponse) ProtoMessage() {}
 
 func (x *WatchDesiredResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[1]
+	mi := &file_pergola_v1_sites_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -167,7 +231,7 @@ func (x *WatchDesiredResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchDesiredResponse.ProtoReflect.Descriptor instead.
 func (*WatchDesiredResponse) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{1}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *WatchDesiredResponse) GetParties() []*DesiredParty {
@@ -196,7 +260,7 @@ type DesiredParty struct {
 
 func (x *DesiredParty) Reset() {
 	*x = DesiredParty{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[2]
+	mi := &file_pergola_v1_sites_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -208,7 +272,7 @@ func (x *DesiredParty) String() string {
 func (*DesiredParty) ProtoMessage() {}
 
 func (x *DesiredParty) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[2]
+	mi := &file_pergola_v1_sites_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -221,7 +285,7 @@ func (x *DesiredParty) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DesiredParty.ProtoReflect.Descriptor instead.
 func (*DesiredParty) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{2}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *DesiredParty) GetJobId() string {
@@ -285,7 +349,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[3]
+	mi := &file_pergola_v1_sites_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -297,7 +361,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[3]
+	mi := &file_pergola_v1_sites_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -310,7 +374,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{3}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ReportRequest) GetJobId() string {
@@ -346,7 +410,7 @@ type JournalEntry struct {
 
 func (x *JournalEntry) Reset() {
 	*x = JournalEntry{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[4]
+	mi := &file_pergola_v1_sites_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -358,7 +422,7 @@ func (x *JournalEntry) String() string {
 func (*JournalEntry) ProtoMessage() {}
 
 func (x *JournalEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[4]
+	mi := &file_pergola_v1_sites_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -371,7 +435,7 @@ func (x *JournalEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JournalEntry.ProtoReflect.Descriptor instead.
 func (*JournalEntry) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{4}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *JournalEntry) GetSeq() int64 {
@@ -398,7 +462,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[5]
+	mi := &file_pergola_v1_sites_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -410,7 +474,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[5]
+	mi := &file_pergola_v1_sites_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -423,7 +487,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{5}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ReportResponse) GetSeq() int64 {
@@ -443,7 +507,7 @@ type IssueCertificateRequest struct {
 
 func (x *IssueCertificateRequest) Reset() {
 	*x = IssueCertificateRequest{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[6]
+	mi := &file_pergola_v1_sites_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -455,7 +519,7 @@ func (x *IssueCertificateRequest) String() string {
 func (*IssueCertificateRequest) ProtoMessage() {}
 
 func (x *IssueCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[6]
+	mi := &file_pergola_v1_sites_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -468,7 +532,7 @@ func (x *IssueCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCertificateRequest.ProtoReflect.Descriptor instead.
 func (*IssueCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{6}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *IssueCertificateRequest) GetJobId() string {
@@ -494,7 +558,7 @@ type IssueCertificateResponse struct {
 
 func (x *IssueCertificateResponse) Reset() {
 	*x = IssueCertificateResponse{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[7]
+	mi := &file_pergola_v1_sites_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -506,7 +570,7 @@ func (x *IssueCertificateResponse) String() string {
 func (*IssueCertificateResponse) ProtoMessage() {}
 
 func (x *IssueCertificateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[7]
+	mi := &file_pergola_v1_sites_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -519,7 +583,7 @@ func (x *IssueCertificateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueCertificateResponse.ProtoReflect.Descriptor instead.
 func (*IssueCertificateResponse) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{7}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *IssueCertificateResponse) GetCertificatePem() string {
@@ -538,7 +602,7 @@ type GetLogOffsetsRequest struct {
 
 func (x *GetLogOffsetsRequest) Reset() {
 	*x = GetLogOffsetsRequest{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[8]
+	mi := &file_pergola_v1_sites_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -550,7 +614,7 @@ func (x *GetLogOffsetsRequest) String() string {
 func (*GetLogOffsetsRequest) ProtoMessage() {}
 
 func (x *GetLogOffsetsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[8]
+	mi := &file_pergola_v1_sites_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -563,7 +627,7 @@ func (x *GetLogOffsetsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetLogOffsetsRequest.ProtoReflect.Descriptor instead.
 func (*GetLogOffsetsRequest) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{8}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *GetLogOffsetsRequest) GetJobId() string {
@@ -582,7 +646,7 @@ type GetLogOffsetsResponse struct {
 
 func (x *GetLogOffsetsResponse) Reset() {
 	*x = GetLogOffsetsResponse{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[9]
+	mi := &file_pergola_v1_sites_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -594,7 +658,7 @@ func (x *GetLogOffsetsResponse) String() string {
 func (*GetLogOffsetsResponse) ProtoMessage() {}
 
 func (x *GetLogOffsetsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[9]
+	mi := &file_pergola_v1_sites_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -607,7 +671,7 @@ func (x *GetLogOffsetsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetLogOffsetsResponse.ProtoReflect.Descriptor instead.
 func (*GetLogOffsetsResponse) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{9}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetLogOffsetsResponse) GetOffsets() map[string]int64 {
@@ -627,7 +691,7 @@ type PushLogsRequest struct {
 
 func (x *PushLogsRequest) Reset() {
 	*x = PushLogsRequest{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[10]
+	mi := &file_pergola_v1_sites_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -639,7 +703,7 @@ func (x *PushLogsRequest) String() string {
 func (*PushLogsRequest) ProtoMessage() {}
 
 func (x *PushLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[10]
+	mi := &file_pergola_v1_sites_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -652,7 +716,7 @@ func (x *PushLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushLogsRequest.ProtoReflect.Descriptor instead.
 func (*PushLogsRequest) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{10}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PushLogsRequest) GetChunks() []*LogChunk {
@@ -670,7 +734,7 @@ type PushLogsResponse struct {
 
 func (x *PushLogsResponse) Reset() {
 	*x = PushLogsResponse{}
-	mi := &file_pergola_v1_sites_proto_msgTypes[11]
+	mi := &file_pergola_v1_sites_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -682,7 +746,7 @@ func (x *PushLogsResponse) String() string {
 func (*PushLogsResponse) ProtoMessage() {}
 
 func (x *PushLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_sites_proto_msgTypes[11]
+	mi := &file_pergola_v1_sites_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -695,7 +759,7 @@ func (x *PushLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PushLogsResponse.ProtoReflect.Descriptor instead.
 func (*PushLogsResponse) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{11}
+	return file_pergola_v1_sites_proto_rawDescGZIP(), []int{12}
 }
 
 var File_pergola_v1_sites_proto protoreflect.FileDescriptor
@@ -703,10 +767,18 @@ var File_pergola_v1_sites_proto protoreflect.FileDescriptor
 const file_pergola_v1_sites_proto_rawDesc = "" +
 	"\n" +
 	"\x16pergola/v1/sites.proto\x12\n" +
-	"pergola.v1\x1a\x16pergola/v1/types.proto\"V\n" +
+	"pergola.v1\x1a\x16pergola/v1/types.proto\"\x83\x01\n" +
 	"\x13WatchDesiredRequest\x12#\n" +
 	"\ragent_version\x18\x01 \x01(\tR\fagentVersion\x12\x1a\n" +
-	"\bprotocol\x18\x02 \x01(\x05R\bprotocol\"J\n" +
+	"\bprotocol\x18\x02 \x01(\x05R\bprotocol\x12+\n" +
+	"\x05offer\x18\n" +
+	" \x01(\v2\x15.pergola.v1.SiteOfferR\x05offer\"\xa8\x01\n" +
+	"\tSiteOffer\x12B\n" +
+	"\tresources\x18\x01 \x03(\v2$.pergola.v1.SiteOffer.ResourcesEntryR\tresources\x12\x19\n" +
+	"\bmax_jobs\x18\x02 \x01(\x05R\amaxJobs\x1a<\n" +
+	"\x0eResourcesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"J\n" +
 	"\x14WatchDesiredResponse\x122\n" +
 	"\aparties\x18\x01 \x03(\v2\x18.pergola.v1.DesiredPartyR\aparties\"\xdc\x01\n" +
 	"\fDesiredParty\x12\x15\n" +
@@ -768,47 +840,51 @@ func file_pergola_v1_sites_proto_rawDescGZIP() []byte {
 }
 
 var file_pergola_v1_sites_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_pergola_v1_sites_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_pergola_v1_sites_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_pergola_v1_sites_proto_goTypes = []any{
 	(Desired)(0),                     // 0: pergola.v1.Desired
 	(*WatchDesiredRequest)(nil),      // 1: pergola.v1.WatchDesiredRequest
-	(*WatchDesiredResponse)(nil),     // 2: pergola.v1.WatchDesiredResponse
-	(*DesiredParty)(nil),             // 3: pergola.v1.DesiredParty
-	(*ReportRequest)(nil),            // 4: pergola.v1.ReportRequest
-	(*JournalEntry)(nil),             // 5: pergola.v1.JournalEntry
-	(*ReportResponse)(nil),           // 6: pergola.v1.ReportResponse
-	(*IssueCertificateRequest)(nil),  // 7: pergola.v1.IssueCertificateRequest
-	(*IssueCertificateResponse)(nil), // 8: pergola.v1.IssueCertificateResponse
-	(*GetLogOffsetsRequest)(nil),     // 9: pergola.v1.GetLogOffsetsRequest
-	(*GetLogOffsetsResponse)(nil),    // 10: pergola.v1.GetLogOffsetsResponse
-	(*PushLogsRequest)(nil),          // 11: pergola.v1.PushLogsRequest
-	(*PushLogsResponse)(nil),         // 12: pergola.v1.PushLogsResponse
-	nil,                              // 13: pergola.v1.GetLogOffsetsResponse.OffsetsEntry
-	(*Event)(nil),                    // 14: pergola.v1.Event
-	(*LogChunk)(nil),                 // 15: pergola.v1.LogChunk
+	(*SiteOffer)(nil),                // 2: pergola.v1.SiteOffer
+	(*WatchDesiredResponse)(nil),     // 3: pergola.v1.WatchDesiredResponse
+	(*DesiredParty)(nil),             // 4: pergola.v1.DesiredParty
+	(*ReportRequest)(nil),            // 5: pergola.v1.ReportRequest
+	(*JournalEntry)(nil),             // 6: pergola.v1.JournalEntry
+	(*ReportResponse)(nil),           // 7: pergola.v1.ReportResponse
+	(*IssueCertificateRequest)(nil),  // 8: pergola.v1.IssueCertificateRequest
+	(*IssueCertificateResponse)(nil), // 9: pergola.v1.IssueCertificateResponse
+	(*GetLogOffsetsRequest)(nil),     // 10: pergola.v1.GetLogOffsetsRequest
+	(*GetLogOffsetsResponse)(nil),    // 11: pergola.v1.GetLogOffsetsResponse
+	(*PushLogsRequest)(nil),          // 12: pergola.v1.PushLogsRequest
+	(*PushLogsResponse)(nil),         // 13: pergola.v1.PushLogsResponse
+	nil,                              // 14: pergola.v1.SiteOffer.ResourcesEntry
+	nil,                              // 15: pergola.v1.GetLogOffsetsResponse.OffsetsEntry
+	(*Event)(nil),                    // 16: pergola.v1.Event
+	(*LogChunk)(nil),                 // 17: pergola.v1.LogChunk
 }
 var file_pergola_v1_sites_proto_depIdxs = []int32{
-	3,  // 0: pergola.v1.WatchDesiredResponse.parties:type_name -> pergola.v1.DesiredParty
-	0,  // 1: pergola.v1.DesiredParty.desired:type_name -> pergola.v1.Desired
-	5,  // 2: pergola.v1.ReportRequest.entries:type_name -> pergola.v1.JournalEntry
-	14, // 3: pergola.v1.JournalEntry.event:type_name -> pergola.v1.Event
-	13, // 4: pergola.v1.GetLogOffsetsResponse.offsets:type_name -> pergola.v1.GetLogOffsetsResponse.OffsetsEntry
-	15, // 5: pergola.v1.PushLogsRequest.chunks:type_name -> pergola.v1.LogChunk
-	1,  // 6: pergola.v1.SiteService.WatchDesired:input_type -> pergola.v1.WatchDesiredRequest
-	4,  // 7: pergola.v1.SiteService.Report:input_type -> pergola.v1.ReportRequest
-	7,  // 8: pergola.v1.SiteService.IssueCertificate:input_type -> pergola.v1.IssueCertificateRequest
-	9,  // 9: pergola.v1.SiteService.GetLogOffsets:input_type -> pergola.v1.GetLogOffsetsRequest
-	11, // 10: pergola.v1.SiteService.PushLogs:input_type -> pergola.v1.PushLogsRequest
-	2,  // 11: pergola.v1.SiteService.WatchDesired:output_type -> pergola.v1.WatchDesiredResponse
-	6,  // 12: pergola.v1.SiteService.Report:output_type -> pergola.v1.ReportResponse
-	8,  // 13: pergola.v1.SiteService.IssueCertificate:output_type -> pergola.v1.IssueCertificateResponse
-	10, // 14: pergola.v1.SiteService.GetLogOffsets:output_type -> pergola.v1.GetLogOffsetsResponse
-	12, // 15: pergola.v1.SiteService.PushLogs:output_type -> pergola.v1.PushLogsResponse
-	11, // [11:16] is the sub-list for method output_type
-	6,  // [6:11] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	2,  // 0: pergola.v1.WatchDesiredRequest.offer:type_name -> pergola.v1.SiteOffer
+	14, // 1: pergola.v1.SiteOffer.resources:type_name -> pergola.v1.SiteOffer.ResourcesEntry
+	4,  // 2: pergola.v1.WatchDesiredResponse.parties:type_name -> pergola.v1.DesiredParty
+	0,  // 3: pergola.v1.DesiredParty.desired:type_name -> pergola.v1.Desired
+	6,  // 4: pergola.v1.ReportRequest.entries:type_name -> pergola.v1.JournalEntry
+	16, // 5: pergola.v1.JournalEntry.event:type_name -> pergola.v1.Event
+	15, // 6: pergola.v1.GetLogOffsetsResponse.offsets:type_name -> pergola.v1.GetLogOffsetsResponse.OffsetsEntry
+	17, // 7: pergola.v1.PushLogsRequest.chunks:type_name -> pergola.v1.LogChunk
+	1,  // 8: pergola.v1.SiteService.WatchDesired:input_type -> pergola.v1.WatchDesiredRequest
+	5,  // 9: pergola.v1.SiteService.Report:input_type -> pergola.v1.ReportRequest
+	8,  // 10: pergola.v1.SiteService.IssueCertificate:input_type -> pergola.v1.IssueCertificateRequest
+	10, // 11: pergola.v1.SiteService.GetLogOffsets:input_type -> pergola.v1.GetLogOffsetsRequest
+	12, // 12: pergola.v1.SiteService.PushLogs:input_type -> pergola.v1.PushLogsRequest
+	3,  // 13: pergola.v1.SiteService.WatchDesired:output_type -> pergola.v1.WatchDesiredResponse
+	7,  // 14: pergola.v1.SiteService.Report:output_type -> pergola.v1.ReportResponse
+	9,  // 15: pergola.v1.SiteService.IssueCertificate:output_type -> pergola.v1.IssueCertificateResponse
+	11, // 16: pergola.v1.SiteService.GetLogOffsets:output_type -> pergola.v1.GetLogOffsetsResponse
+	13, // 17: pergola.v1.SiteService.PushLogs:output_type -> pergola.v1.PushLogsResponse
+	13, // [13:18] is the sub-list for method output_type
+	8,  // [8:13] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_pergola_v1_sites_proto_init() }
@@ -823,7 +899,7 @@ func file_pergola_v1_sites_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pergola_v1_sites_proto_rawDesc), len(file_pergola_v1_sites_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   13,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -119,13 +119,17 @@ type Job struct {
 	// Why it waits, for the states that wait.
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
 	// Set from the moment on at which the end is decided.
-	Cause         *Problem               `protobuf:"bytes,5,opt,name=cause,proto3" json:"cause,omitempty"`
-	BundleDigest  string                 `protobuf:"bytes,6,opt,name=bundle_digest,json=bundleDigest,proto3" json:"bundle_digest,omitempty"`
-	Submitter     string                 `protobuf:"bytes,7,opt,name=submitter,proto3" json:"submitter,omitempty"`
-	CreateTime    *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	StartTime     *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
-	EndTime       *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
-	Parties       []*Party               `protobuf:"bytes,11,rep,name=parties,proto3" json:"parties,omitempty"`
+	Cause        *Problem               `protobuf:"bytes,5,opt,name=cause,proto3" json:"cause,omitempty"`
+	BundleDigest string                 `protobuf:"bytes,6,opt,name=bundle_digest,json=bundleDigest,proto3" json:"bundle_digest,omitempty"`
+	Submitter    string                 `protobuf:"bytes,7,opt,name=submitter,proto3" json:"submitter,omitempty"`
+	CreateTime   *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	StartTime    *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
+	EndTime      *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	Parties      []*Party               `protobuf:"bytes,11,rep,name=parties,proto3" json:"parties,omitempty"`
+	// Higher is taken first.
+	Priority int32 `protobuf:"varint,12,opt,name=priority,proto3" json:"priority,omitempty"`
+	// Why it is in the queue, while it is.
+	Wait          *Wait `protobuf:"bytes,13,opt,name=wait,proto3" json:"wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -237,6 +241,205 @@ func (x *Job) GetParties() []*Party {
 	return nil
 }
 
+func (x *Job) GetPriority() int32 {
+	if x != nil {
+		return x.Priority
+	}
+	return 0
+}
+
+func (x *Job) GetWait() *Wait {
+	if x != nil {
+		return x.Wait
+	}
+	return nil
+}
+
+// Wait is why a job is in the queue.
+type Wait struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its place in the queue, from 1, and how many jobs there are.
+	Place  int32 `protobuf:"varint,1,opt,name=place,proto3" json:"place,omitempty"`
+	Queued int32 `protobuf:"varint,2,opt,name=queued,proto3" json:"queued,omitempty"`
+	// What is missing, by site. Empty where nothing is: it waits for others to join, or to be started.
+	Lacks []*Lack `protobuf:"bytes,3,rep,name=lacks,proto3" json:"lacks,omitempty"`
+	// How many of its sites could take it now, and how many it needs.
+	Able   int32 `protobuf:"varint,4,opt,name=able,proto3" json:"able,omitempty"`
+	Needed int32 `protobuf:"varint,5,opt,name=needed,proto3" json:"needed,omitempty"`
+	// No site will ever be able to: they have not what it asks for.
+	Never         bool `protobuf:"varint,6,opt,name=never,proto3" json:"never,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Wait) Reset() {
+	*x = Wait{}
+	mi := &file_pergola_v1_types_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Wait) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Wait) ProtoMessage() {}
+
+func (x *Wait) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_types_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Wait.ProtoReflect.Descriptor instead.
+func (*Wait) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_types_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Wait) GetPlace() int32 {
+	if x != nil {
+		return x.Place
+	}
+	return 0
+}
+
+func (x *Wait) GetQueued() int32 {
+	if x != nil {
+		return x.Queued
+	}
+	return 0
+}
+
+func (x *Wait) GetLacks() []*Lack {
+	if x != nil {
+		return x.Lacks
+	}
+	return nil
+}
+
+func (x *Wait) GetAble() int32 {
+	if x != nil {
+		return x.Able
+	}
+	return 0
+}
+
+func (x *Wait) GetNeeded() int32 {
+	if x != nil {
+		return x.Needed
+	}
+	return 0
+}
+
+func (x *Wait) GetNever() bool {
+	if x != nil {
+		return x.Never
+	}
+	return false
+}
+
+// Lack is why a site cannot take a job now.
+type Lack struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Site  string                 `protobuf:"bytes,1,opt,name=site,proto3" json:"site,omitempty"`
+	// away, drained, removed, undeclared, too-small, busy, max-jobs, or held.
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// With too-small, busy and held: of which resource there is not enough, and how much is asked for, free and declared; memory in bytes.
+	Resource string `protobuf:"bytes,3,opt,name=resource,proto3" json:"resource,omitempty"`
+	Asked    int64  `protobuf:"varint,4,opt,name=asked,proto3" json:"asked,omitempty"`
+	Free     int64  `protobuf:"varint,5,opt,name=free,proto3" json:"free,omitempty"`
+	Declared int64  `protobuf:"varint,6,opt,name=declared,proto3" json:"declared,omitempty"`
+	// Which jobs have it: the site's parts of jobs that run, or with held the job before this one that it is kept for.
+	Jobs          []string `protobuf:"bytes,7,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Lack) Reset() {
+	*x = Lack{}
+	mi := &file_pergola_v1_types_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Lack) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Lack) ProtoMessage() {}
+
+func (x *Lack) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_types_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Lack.ProtoReflect.Descriptor instead.
+func (*Lack) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_types_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Lack) GetSite() string {
+	if x != nil {
+		return x.Site
+	}
+	return ""
+}
+
+func (x *Lack) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Lack) GetResource() string {
+	if x != nil {
+		return x.Resource
+	}
+	return ""
+}
+
+func (x *Lack) GetAsked() int64 {
+	if x != nil {
+		return x.Asked
+	}
+	return 0
+}
+
+func (x *Lack) GetFree() int64 {
+	if x != nil {
+		return x.Free
+	}
+	return 0
+}
+
+func (x *Lack) GetDeclared() int64 {
+	if x != nil {
+		return x.Declared
+	}
+	return 0
+}
+
+func (x *Lack) GetJobs() []string {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
+}
+
 // Party is the hub's side or one site's side of a job.
 type Party struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -252,7 +455,7 @@ type Party struct {
 
 func (x *Party) Reset() {
 	*x = Party{}
-	mi := &file_pergola_v1_types_proto_msgTypes[2]
+	mi := &file_pergola_v1_types_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -264,7 +467,7 @@ func (x *Party) String() string {
 func (*Party) ProtoMessage() {}
 
 func (x *Party) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_types_proto_msgTypes[2]
+	mi := &file_pergola_v1_types_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -277,7 +480,7 @@ func (x *Party) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Party.ProtoReflect.Descriptor instead.
 func (*Party) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_types_proto_rawDescGZIP(), []int{2}
+	return file_pergola_v1_types_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Party) GetName() string {
@@ -334,7 +537,7 @@ type Event struct {
 
 func (x *Event) Reset() {
 	*x = Event{}
-	mi := &file_pergola_v1_types_proto_msgTypes[3]
+	mi := &file_pergola_v1_types_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -346,7 +549,7 @@ func (x *Event) String() string {
 func (*Event) ProtoMessage() {}
 
 func (x *Event) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_types_proto_msgTypes[3]
+	mi := &file_pergola_v1_types_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -359,7 +562,7 @@ func (x *Event) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Event.ProtoReflect.Descriptor instead.
 func (*Event) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_types_proto_rawDescGZIP(), []int{3}
+	return file_pergola_v1_types_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Event) GetSeq() int64 {
@@ -420,7 +623,7 @@ type LogChunk struct {
 
 func (x *LogChunk) Reset() {
 	*x = LogChunk{}
-	mi := &file_pergola_v1_types_proto_msgTypes[4]
+	mi := &file_pergola_v1_types_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -432,7 +635,7 @@ func (x *LogChunk) String() string {
 func (*LogChunk) ProtoMessage() {}
 
 func (x *LogChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_types_proto_msgTypes[4]
+	mi := &file_pergola_v1_types_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -445,7 +648,7 @@ func (x *LogChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LogChunk.ProtoReflect.Descriptor instead.
 func (*LogChunk) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_types_proto_rawDescGZIP(), []int{4}
+	return file_pergola_v1_types_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *LogChunk) GetJobId() string {
@@ -494,7 +697,7 @@ const file_pergola_v1_types_proto_rawDesc = "" +
 	"\x05party\x18\x02 \x01(\tR\x05party\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12\x12\n" +
 	"\x04next\x18\x04 \x01(\tR\x04next\x12\x10\n" +
-	"\x03log\x18\x05 \x01(\tR\x03log\"\xa1\x03\n" +
+	"\x03log\x18\x05 \x01(\tR\x03log\"\xe3\x03\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -509,7 +712,24 @@ const file_pergola_v1_types_proto_rawDesc = "" +
 	"start_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x125\n" +
 	"\bend_time\x18\n" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12+\n" +
-	"\aparties\x18\v \x03(\v2\x11.pergola.v1.PartyR\aparties\"\xb1\x01\n" +
+	"\aparties\x18\v \x03(\v2\x11.pergola.v1.PartyR\aparties\x12\x1a\n" +
+	"\bpriority\x18\f \x01(\x05R\bpriority\x12$\n" +
+	"\x04wait\x18\r \x01(\v2\x10.pergola.v1.WaitR\x04wait\"\x9e\x01\n" +
+	"\x04Wait\x12\x14\n" +
+	"\x05place\x18\x01 \x01(\x05R\x05place\x12\x16\n" +
+	"\x06queued\x18\x02 \x01(\x05R\x06queued\x12&\n" +
+	"\x05lacks\x18\x03 \x03(\v2\x10.pergola.v1.LackR\x05lacks\x12\x12\n" +
+	"\x04able\x18\x04 \x01(\x05R\x04able\x12\x16\n" +
+	"\x06needed\x18\x05 \x01(\x05R\x06needed\x12\x14\n" +
+	"\x05never\x18\x06 \x01(\bR\x05never\"\xa4\x01\n" +
+	"\x04Lack\x12\x12\n" +
+	"\x04site\x18\x01 \x01(\tR\x04site\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x1a\n" +
+	"\bresource\x18\x03 \x01(\tR\bresource\x12\x14\n" +
+	"\x05asked\x18\x04 \x01(\x03R\x05asked\x12\x12\n" +
+	"\x04free\x18\x05 \x01(\x03R\x04free\x12\x1a\n" +
+	"\bdeclared\x18\x06 \x01(\x03R\bdeclared\x12\x12\n" +
+	"\x04jobs\x18\a \x03(\tR\x04jobs\"\xb1\x01\n" +
 	"\x05Party\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12\x16\n" +
@@ -543,31 +763,35 @@ func file_pergola_v1_types_proto_rawDescGZIP() []byte {
 	return file_pergola_v1_types_proto_rawDescData
 }
 
-var file_pergola_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_pergola_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
 var file_pergola_v1_types_proto_goTypes = []any{
 	(*Problem)(nil),               // 0: pergola.v1.Problem
 	(*Job)(nil),                   // 1: pergola.v1.Job
-	(*Party)(nil),                 // 2: pergola.v1.Party
-	(*Event)(nil),                 // 3: pergola.v1.Event
-	(*LogChunk)(nil),              // 4: pergola.v1.LogChunk
-	(*timestamppb.Timestamp)(nil), // 5: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),       // 6: google.protobuf.Struct
+	(*Wait)(nil),                  // 2: pergola.v1.Wait
+	(*Lack)(nil),                  // 3: pergola.v1.Lack
+	(*Party)(nil),                 // 4: pergola.v1.Party
+	(*Event)(nil),                 // 5: pergola.v1.Event
+	(*LogChunk)(nil),              // 6: pergola.v1.LogChunk
+	(*timestamppb.Timestamp)(nil), // 7: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),       // 8: google.protobuf.Struct
 }
 var file_pergola_v1_types_proto_depIdxs = []int32{
-	0, // 0: pergola.v1.Job.cause:type_name -> pergola.v1.Problem
-	5, // 1: pergola.v1.Job.create_time:type_name -> google.protobuf.Timestamp
-	5, // 2: pergola.v1.Job.start_time:type_name -> google.protobuf.Timestamp
-	5, // 3: pergola.v1.Job.end_time:type_name -> google.protobuf.Timestamp
-	2, // 4: pergola.v1.Job.parties:type_name -> pergola.v1.Party
-	0, // 5: pergola.v1.Party.cause:type_name -> pergola.v1.Problem
-	5, // 6: pergola.v1.Party.update_time:type_name -> google.protobuf.Timestamp
-	5, // 7: pergola.v1.Event.time:type_name -> google.protobuf.Timestamp
-	6, // 8: pergola.v1.Event.body:type_name -> google.protobuf.Struct
-	9, // [9:9] is the sub-list for method output_type
-	9, // [9:9] is the sub-list for method input_type
-	9, // [9:9] is the sub-list for extension type_name
-	9, // [9:9] is the sub-list for extension extendee
-	0, // [0:9] is the sub-list for field type_name
+	0,  // 0: pergola.v1.Job.cause:type_name -> pergola.v1.Problem
+	7,  // 1: pergola.v1.Job.create_time:type_name -> google.protobuf.Timestamp
+	7,  // 2: pergola.v1.Job.start_time:type_name -> google.protobuf.Timestamp
+	7,  // 3: pergola.v1.Job.end_time:type_name -> google.protobuf.Timestamp
+	4,  // 4: pergola.v1.Job.parties:type_name -> pergola.v1.Party
+	2,  // 5: pergola.v1.Job.wait:type_name -> pergola.v1.Wait
+	3,  // 6: pergola.v1.Wait.lacks:type_name -> pergola.v1.Lack
+	0,  // 7: pergola.v1.Party.cause:type_name -> pergola.v1.Problem
+	7,  // 8: pergola.v1.Party.update_time:type_name -> google.protobuf.Timestamp
+	7,  // 9: pergola.v1.Event.time:type_name -> google.protobuf.Timestamp
+	8,  // 10: pergola.v1.Event.body:type_name -> google.protobuf.Struct
+	11, // [11:11] is the sub-list for method output_type
+	11, // [11:11] is the sub-list for method input_type
+	11, // [11:11] is the sub-list for extension type_name
+	11, // [11:11] is the sub-list for extension extendee
+	0,  // [0:11] is the sub-list for field type_name
 }
 
 func init() { file_pergola_v1_types_proto_init() }
@@ -581,7 +805,7 @@ func file_pergola_v1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pergola_v1_types_proto_rawDesc), len(file_pergola_v1_types_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   7,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -46,6 +46,8 @@ const (
 	JobServiceTailLogsProcedure = "/pergola.v1.JobService/TailLogs"
 	// JobServiceListSitesProcedure is the procedure name of the JobService's ListSites RPC.
 	JobServiceListSitesProcedure = "/pergola.v1.JobService/ListSites"
+	// JobServiceDrainSiteProcedure is the procedure name of the JobService's DrainSite RPC.
+	JobServiceDrainSiteProcedure = "/pergola.v1.JobService/DrainSite"
 )
 
 var (
@@ -126,6 +128,13 @@ var (
 			Procedure:  JobServiceListSitesProcedure,
 		}
 	})
+	jobServiceDrainSiteSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeUnary,
+			Schema:     v1.File_pergola_v1_jobs_proto.Services().ByName("JobService").Methods().ByName("DrainSite"),
+			Procedure:  JobServiceDrainSiteProcedure,
+		}
+	})
 )
 
 // JobServiceClient is a client for the pergola.v1.JobService service.
@@ -150,8 +159,10 @@ type JobServiceClient interface {
 	WatchJob(context.Context, *v1.WatchJobRequest) (JobServiceWatchJobClientStream, error)
 	// TailLogs streams the log files of a job's parties, and ends when the job has ended and all is sent.
 	TailLogs(context.Context, *v1.TailLogsRequest) (JobServiceTailLogsClientStream, error)
-	// ListSites gives the enrolled sites and whether they are connected.
+	// ListSites gives the enrolled sites, how they are, and what they have for jobs.
 	ListSites(context.Context, *v1.ListSitesRequest) (*v1.ListSitesResponse, error)
+	// DrainSite has a site take no new jobs, or take some again. The jobs that it has go on.
+	DrainSite(context.Context, *v1.DrainSiteRequest) (*v1.DrainSiteResponse, error)
 }
 
 // NewJobServiceClient constructs a client for the pergola.v1.JobService service. Multiple service
@@ -243,8 +254,10 @@ type JobServiceHandler interface {
 	WatchJob(context.Context, *v1.WatchJobRequest, JobServiceWatchJobServerStream) error
 	// TailLogs streams the log files of a job's parties, and ends when the job has ended and all is sent.
 	TailLogs(context.Context, *v1.TailLogsRequest, JobServiceTailLogsServerStream) error
-	// ListSites gives the enrolled sites and whether they are connected.
+	// ListSites gives the enrolled sites, how they are, and what they have for jobs.
 	ListSites(context.Context, *v1.ListSitesRequest) (*v1.ListSitesResponse, error)
+	// DrainSite has a site take no new jobs, or take some again. The jobs that it has go on.
+	DrainSite(context.Context, *v1.DrainSiteRequest) (*v1.DrainSiteResponse, error)
 }
 
 // RegisterJobServiceHandler registers svc as the pergola.v1.JobService implementation on server.
@@ -262,6 +275,7 @@ func RegisterJobServiceHandler(server *connect.Server, svc JobServiceHandler) {
 		connect.Method{Spec: jobServiceWatchJobSpec(), Handler: adapter.watchJob},
 		connect.Method{Spec: jobServiceTailLogsSpec(), Handler: adapter.tailLogs},
 		connect.Method{Spec: jobServiceListSitesSpec(), Handler: adapter.listSites},
+		connect.Method{Spec: jobServiceDrainSiteSpec(), Handler: adapter.drainSite},
 	)
 }
 
@@ -358,6 +372,10 @@ func (UnimplementedJobServiceHandler) ListSites(context.Context, *v1.ListSitesRe
 	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.JobService.ListSites is not implemented")
 }
 
+func (UnimplementedJobServiceHandler) DrainSite(context.Context, *v1.DrainSiteRequest) (*v1.DrainSiteResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.JobService.DrainSite is not implemented")
+}
+
 type jobServiceClient struct {
 	client *connect.Client
 }
@@ -445,6 +463,14 @@ func (c *jobServiceClient) TailLogs(ctx context.Context, req *v1.TailLogsRequest
 func (c *jobServiceClient) ListSites(ctx context.Context, req *v1.ListSitesRequest) (*v1.ListSitesResponse, error) {
 	var res v1.ListSitesResponse
 	if err := c.client.CallUnary(ctx, jobServiceListSitesSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+func (c *jobServiceClient) DrainSite(ctx context.Context, req *v1.DrainSiteRequest) (*v1.DrainSiteResponse, error) {
+	var res v1.DrainSiteResponse
+	if err := c.client.CallUnary(ctx, jobServiceDrainSiteSpec(), req, &res); err != nil {
 		return nil, err
 	}
 	return &res, nil
@@ -566,6 +592,18 @@ func (h jobServiceHandler) listSites(ctx context.Context, _ connect.Spec, stream
 		return err
 	}
 	res, err := h.svc.ListSites(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
+func (h jobServiceHandler) drainSite(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.DrainSiteRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.DrainSite(ctx, &req)
 	if err != nil {
 		return err
 	}
