@@ -96,7 +96,13 @@ type Party struct {
 	Reason  string     `json:"reason,omitempty"`
 	Cause   *Cause     `json:"cause,omitempty"`
 	Updated time.Time  `json:"updated"`
+
+	// Allocated tells that the job was given what it asks for at the site. It holds that until the party is over.
+	Allocated bool `json:"allocated,omitempty"`
 }
+
+// Holds tells whether the job holds now what it asks for at the party's site.
+func (p Party) Holds() bool { return p.Allocated && !p.State.Terminal() }
 
 // CheckName refuses a name that is not a lower-case DNS label: 1 to 63 letters, digits and inner
 // hyphens. What says what is named ("site", "job") and stands in the message. For a site, "hub" is

@@ -26,10 +26,14 @@ type Filter struct {
 	Limit     int         // 0 = DefaultLimit
 	After     job.ID      // the last job of the page before
 	Newest    bool        // newest first
+	Ended     time.Time   // only those that have ended after it; zero: all
 }
 
 // DefaultLimit is how many jobs or events a call gives that names no limit.
 const DefaultLimit = 100
+
+// Scheduling is the duty to say which job starts when.
+const Scheduling = "schedule"
 
 // Bundle is the bookkeeping of one bundle; its bytes lie elsewhere.
 type Bundle struct {
@@ -118,6 +122,12 @@ type Store interface {
 
 	Claim(ctx context.Context, id job.ID, owner string, until, now time.Time) (bool, error)
 	Release(ctx context.Context, id job.ID, owner string) error
+
+	ClaimDuty(ctx context.Context, duty, owner string, until, now time.Time) (bool, error)
+	ReleaseDuty(ctx context.Context, duty, owner string) error
+	Start(ctx context.Context, id job.ID, sites []string, owner string, now time.Time) error
+	Allocate(ctx context.Context, id job.ID, site, owner string) error
+	Changes(ctx context.Context, after int64) (ids []job.ID, upTo int64, err error)
 
 	PutBundle(ctx context.Context, digest string, size int64, now time.Time) error
 	Bundle(ctx context.Context, digest string) (Bundle, error)

@@ -104,6 +104,10 @@ func (db *DB) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
 			args = append(args, s)
 		}
 	}
+	if !f.Ended.IsZero() {
+		q += " AND ended > ?"
+		args = append(args, nanos(f.Ended))
+	}
 	for _, w := range []struct{ column, value string }{{"submitter", f.Submitter}, {"name", f.Name}} {
 		if w.value != "" {
 			q += " AND " + w.column + " = ?"
@@ -256,35 +260,39 @@ func (db *DB) AddParty(ctx context.Context, id job.ID, site string) error {
 // the table is a *store.MoveError within a problem.
 func (db *DB) Move(ctx context.Context, id job.ID, to job.State, cause *job.Cause, reason string, now time.Time) error {
 	return db.change(ctx, "store a job's move", id, func(ctx context.Context, tx *txn, j job.Job) (bool, error) {
-		if j.State == to {
-			return false, nil
-		}
-		if j.Cause != nil {
-			cause = j.Cause
-		}
-		if !j.State.Can(to) || to == job.Succeeded && cause != nil {
-			return false, (&store.MoveError{Job: id, From: string(j.State), To: string(to)}).Problem()
-		}
-		if cause == nil && to.Terminal() && to != job.Succeeded {
-			cause = untold(to)
-		}
-		raw, err := causeText(cause)
-		if err != nil {
-			return false, err
-		}
-		started, ended := nanos(j.Started), int64(0)
-		if to == job.Preparing {
-			started = nanos(now)
-		}
-		if to.Terminal() {
-			ended = nanos(now)
-		}
-		if _, err := tx.ExecContext(ctx, "UPDATE job SET state = ?, reason = ?, cause = ?, started = ?, ended = ? WHERE id = ?",
-			to, reason, raw, started, ended, id); err != nil {
-			return false, err
-		}
-		return true, insertEvent(ctx, tx, id, "", job.KindJobState, job.JobState{From: j.State, To: to, Cause: cause, Reason: reason}, now)
+		return move(ctx, tx, j, to, cause, reason, now)
 	})
+}
+
+func move(ctx context.Context, tx *txn, j job.Job, to job.State, cause *job.Cause, reason string, now time.Time) (changed bool, err error) {
+	if j.State == to {
+		return false, nil
+	}
+	if j.Cause != nil {
+		cause = j.Cause
+	}
+	if !j.State.Can(to) || to == job.Succeeded && cause != nil {
+		return false, (&store.MoveError{Job: j.ID, From: string(j.State), To: string(to)}).Problem()
+	}
+	if cause == nil && to.Terminal() && to != job.Succeeded {
+		cause = untold(to)
+	}
+	raw, err := causeText(cause)
+	if err != nil {
+		return false, err
+	}
+	started, ended := nanos(j.Started), int64(0)
+	if to == job.Preparing {
+		started = nanos(now)
+	}
+	if to.Terminal() {
+		ended = nanos(now)
+	}
+	if _, err := tx.ExecContext(ctx, "UPDATE job SET state = ?, reason = ?, cause = ?, started = ?, ended = ? WHERE id = ?",
+		to, reason, raw, started, ended, j.ID); err != nil {
+		return false, err
+	}
+	return true, insertEvent(ctx, tx, j.ID, "", job.KindJobState, job.JobState{From: j.State, To: to, Cause: cause, Reason: reason}, now)
 }
 
 func untold(to job.State) *job.Cause {
@@ -323,7 +331,7 @@ func (db *DB) MoveAttempt(ctx context.Context, id job.ID, party string, attempt 
 
 // Again begins a new attempt of a party, which is absent then and has no cause, and writes the event of it, in one
 // transaction. From a state that does not allow it (see job.PartyState.Again), and in a job that does not run, it is a
-// *store.MoveError within a problem.
+// *store.MoveError within a problem. A party that was over holds nothing of its site any more, and has to be given it again.
 func (db *DB) Again(ctx context.Context, id job.ID, party, reason string, now time.Time) error {
 	return db.change(ctx, "store a party's new attempt", id, func(ctx context.Context, tx *txn, j job.Job) (bool, error) {
 		p, err := db.party(ctx, tx, id, party)
@@ -333,15 +341,15 @@ func (db *DB) Again(ctx context.Context, id job.ID, party, reason string, now ti
 		if !p.State.Again() || j.State != job.Preparing && j.State != job.Running {
 			return false, (&store.MoveError{Job: id, Party: party, From: string(p.State), To: string(job.PartyAbsent)}).Problem()
 		}
-		if _, err := tx.ExecContext(ctx, "UPDATE party SET state = ?, attempt = ?, reason = ?, cause = '', updated = ? WHERE job = ? AND name = ?",
-			job.PartyAbsent, p.Attempt+1, reason, nanos(now), id, party); err != nil {
+		if _, err := tx.ExecContext(ctx, "UPDATE party SET state = ?, attempt = ?, reason = ?, cause = '', updated = ?, allocated = ? WHERE job = ? AND name = ?",
+			job.PartyAbsent, p.Attempt+1, reason, nanos(now), flag(p.Allocated && !p.State.Terminal()), id, party); err != nil {
 			return false, err
 		}
 		return true, insertEvent(ctx, tx, id, party, job.KindPartyState, job.PartyStateChange{From: p.State, To: job.PartyAbsent, Reason: reason, Attempt: p.Attempt + 1}, now)
 	})
 }
 
-const partyColumns = "job, name, state, attempt, reason, cause, updated"
+const partyColumns = "job, name, state, attempt, reason, cause, updated, allocated"
 
 func (db *DB) party(ctx context.Context, tx *txn, id job.ID, party string) (job.Party, error) {
 	p, err := scanParty(tx.QueryRowContext(ctx, "SELECT "+partyColumns+" FROM party WHERE job = ? AND name = ?", id, party))
@@ -459,11 +467,11 @@ func scanJob(r row) (job.Job, error) {
 func scanParty(r row) (job.Party, error) {
 	var p job.Party
 	var cause string
-	var updated int64
-	if err := r.Scan(&p.Job, &p.Name, &p.State, &p.Attempt, &p.Reason, &cause, &updated); err != nil {
+	var updated, allocated int64
+	if err := r.Scan(&p.Job, &p.Name, &p.State, &p.Attempt, &p.Reason, &cause, &updated, &allocated); err != nil {
 		return job.Party{}, err
 	}
-	p.Updated = stamp(updated)
+	p.Updated, p.Allocated = stamp(updated), allocated != 0
 	var err error
 	p.Cause, err = parseCause(cause)
 	return p, err

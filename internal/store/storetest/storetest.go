@@ -68,6 +68,10 @@ func Run(t *testing.T, fresh func(t *testing.T) Opener) {
 		{"a site's declarations and draining", testSites},
 		{"a token is good once, and until it is over", testTokens},
 		{"of many that use a token one succeeds", testTokenRace},
+		{"a job starts with its sites in one step, by who may say so", testStart},
+		{"a site joins a job later, and is given back with its part", testAllocate},
+		{"a duty is one hub's at a time", testDuty},
+		{"what has changed is told once", testChanges},
 		{"any sequence of events ends with a cause", testProperty},
 	} {
 		t.Run(c.name, func(t *testing.T) { c.test(t, fresh(t)) })
