@@ -47,7 +47,7 @@ demo: build needs ## Run the quickstart app across a hub and two sites on this m
 	bin/pergola run examples/quickstart
 
 .PHONY: test
-test: needs needs-postgres $(BIN)/gotestsum ## Run every test, with the race detector where a C compiler is there
+test: needs needs-postgres needs-services $(BIN)/gotestsum ## Run every test, with the race detector where a C compiler is there
 	@$(if $(RACE),,echo 'no C compiler: testing without the race detector' >&2)
 	CGO_ENABLED=$(if $(RACE),1,0) gotestsum --format pkgname-and-test-fails --format-hide-empty-pkg -- \
 	  $(RACE) -timeout $(TEST_TIMEOUT) $(if $(RUN),-run '$(RUN)') $(PKG)

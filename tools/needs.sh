@@ -2,6 +2,7 @@
 # needs.sh python uv==VERSION   a Python >= 3.10 with venv, and uv (from PyPI where the machine has none)
 # needs.sh buf buf-bin==VERSION buf, from PyPI where the machine has none; without it lint goes on
 # needs.sh postgres             a Postgres server for the tests of the store; without it they are skipped
+# needs.sh services             systemd-analyze and ip for the tests of units and of machines; without them these are skipped
 # Whatever is fetched goes to .cache/tools and is linked from .cache/bin; says nothing when all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -65,6 +66,18 @@ postgres)
   fi
   has_postgres || say 'no Postgres: the tests that need it are skipped (Debian: apt-get install postgresql)'
   ;;
+services)
+  # Debian's names of the packages are those of the projects.
+  lacks=()
+  command -v systemd-analyze >/dev/null || lacks+=(systemd)
+  PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null || lacks+=(iproute2)
+  if [ ${#lacks[@]} -gt 0 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    say "installing ${lacks[*]}"
+    { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${lacks[@]}"; } >&2 || true
+  fi
+  command -v systemd-analyze >/dev/null || say 'no systemd-analyze: the units are not checked (Debian: apt-get install systemd)'
+  PATH=$PATH:/usr/sbin:/sbin command -v ip >/dev/null || say 'no ip: the test of several machines is skipped (Debian: apt-get install iproute2)'
+  ;;
 *)
-  say "usage: needs.sh python|buf|postgres [REQUIREMENT]"; exit 2 ;;
+  say "usage: needs.sh python|buf|postgres|services [REQUIREMENT]"; exit 2 ;;
 esac

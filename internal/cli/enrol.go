@@ -11,6 +11,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -213,6 +214,9 @@ A directory that is there already and is of the same site keeps its site.toml, a
 					return err
 				}
 			}
+			if err := keepOwner(dir); err != nil {
+				return err
+			}
 			fmt.Fprintf(e.stderr, "this is site %s of %s now\nstart its agent: pergola site --dir %s\n", t.Name, strings.Join(t.Hubs, ", "), dir)
 			_, err = fmt.Fprintln(e.stdout, dir)
 			return err
@@ -225,6 +229,38 @@ A directory that is there already and is of the same site keeps its site.toml, a
 	fl.StringVar(&python, "python", "", "interpreter for the site's side of jobs (default: the best of PATH)")
 	must(c.MarkFlagDirname("dir"))
 	return c
+}
+
+// keepOwner gives the files that root has written into a directory of another user to that user, as whom its service runs.
+func keepOwner(dir string) error {
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	info, err := os.Stat(dir)
+	if err != nil {
+		return err
+	}
+	owner, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || owner.Uid == 0 {
+		return nil
+	}
+	es, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range es {
+		info, err := e.Info()
+		if err != nil {
+			return err
+		}
+		// A file with another name elsewhere may not be one of this directory's.
+		if st, ok := info.Sys().(*syscall.Stat_t); ok && info.Mode().IsRegular() && st.Uid == 0 && st.Nlink == 1 {
+			if err := os.Lchown(filepath.Join(dir, e.Name()), int(owner.Uid), int(owner.Gid)); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func newLogin(e env) *cobra.Command {

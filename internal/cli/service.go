@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"sync"
 
 	"github.com/spf13/cobra"
 
@@ -53,7 +54,16 @@ func newHub(e env) *cobra.Command {
 				return err
 			}
 			var said error
-			if err := h.Run(ctx, func(a net.Addr) { _, said = fmt.Fprintln(e.stdout, hub.ListeningPrefix+a.String()) }); err != nil {
+			var wg sync.WaitGroup
+			err = h.Run(ctx, func(a net.Addr) {
+				_, said = fmt.Fprintln(e.stdout, hub.ListeningPrefix+a.String())
+				m := newManager(log)
+				m.status(hub.ListeningPrefix + a.String())
+				wg.Go(func() { m.run(ctx, h.Alive) })
+			})
+			cancel()
+			wg.Wait()
+			if err != nil {
 				return err
 			}
 			return said
@@ -81,6 +91,13 @@ func newSite(e env) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			// Ready without the hub: what the agent has to do it does from now on, and a hub that is away is no fault of its unit.
+			m := newManager(log)
+			a.Status = m.status
+			var wg sync.WaitGroup
+			defer wg.Wait()
+			wg.Go(func() { m.run(ctx, a.Alive) })
+			defer cancel()
 			return a.Run(ctx)
 		},
 	}

@@ -9,6 +9,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -65,7 +67,10 @@ func Start(dir string, spec Spec) (h *Handle, err error) {
 	// Not CommandContext: the runner outlives whoever starts it, and is ended by SetDesired or Kill.
 	cmd := exec.Command(self, "runner", "--dir", dir) //nolint:noctx // see above
 	cmd.Stdout, cmd.Stderr = out, out
-	cmd.Env = append(os.Environ(), "TMPDIR="+spec.Tmp)
+	// The service manager hears of the service from the service alone.
+	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(kv string) bool {
+		return strings.HasPrefix(kv, "NOTIFY_SOCKET=") || strings.HasPrefix(kv, "WATCHDOG_")
+	}), "TMPDIR="+spec.Tmp)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	// As late as can be: from here on the runner removes it, also if this process is killed.
 	if err := os.Mkdir(spec.Tmp, 0o700); err != nil {

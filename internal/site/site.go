@@ -57,6 +57,8 @@ type Agent struct {
 	log    *slog.Logger
 	client *api.Client
 
+	Status func(string) // is told in words how it stands with the hub; nil: nobody is. Set it before Run.
+
 	mu    sync.Mutex          // guards the rest
 	taken map[job.ID][]string // devices of parts, see takeDevices
 	freed chan struct{}       // closed and replaced when a part's folder is gone
@@ -169,6 +171,7 @@ func (a *Agent) Run(ctx context.Context) error {
 			bo.Reset()
 		}
 		wait := bo.NextBackOff()
+		a.tell("no hub: " + problem.From(err).Msg)
 		a.log.Warn("the hub is not there", "hub", strings.Join(a.hubs, ", "), "err", err, "retry", wait)
 		select {
 		case <-time.After(wait):
@@ -176,6 +179,18 @@ func (a *Agent) Run(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+func (a *Agent) tell(status string) {
+	if a.Status != nil {
+		a.Status(status)
+	}
+}
+
+// Alive returns when the agent's state can be looked at, which takes no time unless something is stuck.
+func (a *Agent) Alive() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
 }
 
 // watch follows one stream of wishes to its end.
@@ -198,6 +213,7 @@ func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) error {
 		}
 		if first {
 			a.log.Info("connected", "hub", strings.Join(a.hubs, ", "))
+			a.tell("connected to " + strings.Join(a.hubs, ", "))
 		}
 		a.reconcile(ctx, wg, m.GetParties())
 	}
