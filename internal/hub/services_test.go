@@ -6,6 +6,7 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -28,7 +29,14 @@ import (
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// A hub in a test starts this binary as its runner: it must not run the tests again, which start more.
+	if len(os.Args) > 1 && os.Args[1] == "runner" {
+		fmt.Fprintln(os.Stderr, "there are no runners in this test")
+		os.Exit(1)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // served is a hub that listens, with an authority to make callers of.
 type served struct {
