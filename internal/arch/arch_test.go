@@ -40,6 +40,7 @@ var layer = map[string]int{
 	"link":                            1,
 	"logs":                            1,
 	"pki":                             1,
+	"native/python":                   1, // data: the modules to be embedded
 	"proc":                            1,
 	"relay":                           1,
 	"sandbox":                         1,

@@ -1,0 +1,191 @@
+"""A worker: answers a node's messages with the user's ClientApp."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from typing import Any
+
+from . import generations
+from .codec import Codec
+from .frames import PROTOCOL, Frame, Link, ProtocolError
+from .generations import CRASHED_REASON, LOAD_FAILED, RAISED, Generation
+from .packs import ReadPacks, WorkerPacks
+from .readings import numbers, round_of
+
+LOAD_REASON = "An exception was raised when attempting to load `ClientApp`"  # Flower's, in each generation
+
+
+def hello(role: str) -> Frame:
+    """Make the first frame."""
+    return Frame(
+        {
+            "t": "hello",
+            "role": role,
+            "pid": os.getpid(),
+            "flwr": generations.version(),
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "protocol": PROTOCOL,
+        }
+    )
+
+
+class Worker:
+    """A ClientApp of one run, loaded once."""
+
+    def __init__(self, gen: Generation, run_id: int, app: str, config: list[str], prefix: str) -> None:
+        self.gen = gen
+        self.codec = Codec(gen)
+        self.run_id = run_id
+        self.read = ReadPacks()
+        self.written = WorkerPacks(prefix)
+        self.app: Any = None
+        self.run_config: dict[str, Any] = {}
+        self.failure: tuple[int, str] | None = None
+        try:
+            self.run_config = gen.settings(app, config)[1]
+            self.app = gen.load(app, "clientapp")
+        except Exception as e:  # noqa: BLE001 - told to whoever sends a message, as Flower does
+            self.failure = self.reason(e)
+            self.problem = f"{type(e).__name__}: {e}"
+            logging.getLogger("flwr").error("%s raised an exception", "ClientApp", exc_info=e)
+
+    def reason(self, e: Exception) -> tuple[int, str]:
+        """Give code and text of the error that Flower answers with."""
+        if isinstance(e, self.gen.LoadClientAppError):
+            return LOAD_FAILED, LOAD_REASON
+        return RAISED, str(type(e)) + ":<'" + str(e) + "'>"
+
+    def answer(self, frame: Frame) -> Frame:
+        """Answer a message. The reply's descriptors stay this worker's."""
+        head = frame.head
+        node = head["node"]
+        self.gen.set_identity(self.run_id, node, head.get("task", 0))
+        message = self.codec.decode(frame.proto, *self._beside(frame, "pack", "lens"))
+        state = self.codec.decode_state(frame.state, *self._beside(frame, "spack", "slens"))
+        context = self.gen.context(self.run_id, node, dict(head.get("node_config") or {}), state, dict(self.run_config))
+        answer: dict[str, Any] = {"t": "reply", "id": head["id"], "node": node, "type": message.metadata.message_type}
+        self._note(answer, "round", lambda: round_of(self.gen, message))
+        begun = time.perf_counter()
+        kept = False
+        try:
+            if self.failure is not None:
+                reply = self.gen.error_reply(message, *self.failure)
+            else:
+                reply = self.app(message, context)
+            proto, blobs = self._encode(reply)
+        except SystemExit as e:
+            # Under Flower the process ends, and neither reply nor state leave it.
+            logging.getLogger("flwr").error("ClientApp called sys.exit(%r)", e.code)
+            reply = self.gen.error_reply(message, self.gen.code("CLIENT_APP_CRASHED", RAISED), CRASHED_REASON)
+            proto, blobs = self._encode(reply)
+            kept = True
+        except Exception as e:  # noqa: BLE001 - whatever an app raises is answered
+            logging.getLogger("flwr").error("%s raised an exception", "ClientApp", exc_info=e)
+            reply = self.gen.error_reply(message, *self.reason(e))
+            proto, blobs = self._encode(reply)
+        answer["seconds"] = time.perf_counter() - begun
+        if reply.has_error():
+            answer["error"] = {"code": reply.error.code, "reason": reply.error.reason or ""}
+        else:
+            self._note(answer, "numbers", lambda: numbers(self.gen, reply.content))
+        out = Frame(answer, proto)
+        self._put(out, "pack", "lens", blobs)
+        if kept:
+            answer["kept"] = True
+        else:
+            self._put_state(out, context.state)
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        return out
+
+    def _beside(self, frame: Frame, pack: str, lens: str) -> tuple[list[int], list[bytes]]:
+        name = frame.head.get(pack)
+        if name is None:
+            return [], []
+        sizes = frame.head.get(lens)
+        return sizes, self.read.get(name, sizes, frame.take(name))
+
+    def _encode(self, reply: Any) -> tuple[bytes, list[bytes]]:
+        return self.codec.encode(reply, message_id=self.gen.new_id())
+
+    def _put(self, out: Frame, pack: str, lens: str, blobs: list[bytes]) -> None:
+        if blobs:
+            out.head[pack], fd = self.written.put(blobs)
+            out.head[lens] = list(map(len, blobs))
+            out.head.setdefault("fds", []).append(out.head[pack])
+            out.fds.append(fd)
+
+    def _put_state(self, out: Frame, state: Any) -> None:
+        try:
+            out.state, blobs = self.codec.encode_state(state)
+        except Exception as e:  # noqa: BLE001 - an app may have put anything there; Flower's process would end
+            logging.getLogger("flwr").error("the context's state cannot be kept", exc_info=e)
+            out.head["kept"] = True
+            return
+        self._put(out, "spack", "slens", blobs)
+
+    @staticmethod
+    def _note(answer: dict[str, Any], name: str, read: Any) -> None:
+        """Put into the head what can be read; no reply fails because something cannot."""
+        try:
+            value = read()
+        except Exception as e:  # noqa: BLE001
+            answer.setdefault("unread", {})[name] = f"{type(e).__name__}: {e}"[:200]
+            return
+        if value is not None:
+            answer[name] = value
+
+
+def main() -> int:
+    """Be a worker until the runner goes away."""
+    link = Link.inherited()
+    link.send(hello("client"))
+    gen = generations.installed()
+    try:
+        start = link.receive()
+    except EOFError:
+        return 0
+    if start.kind != "start":
+        raise ProtocolError(f"{start.kind!r} came instead of start")
+    return serve(link, gen, start.head)
+
+
+def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
+    """Load the app, and answer messages as the isolation says."""
+    if start.get("cwd"):
+        os.chdir(start["cwd"])
+    worker = Worker(gen, start["run"], start["app"], start.get("config") or [], f"c.{os.getpid()}")
+    isolation = start.get("isolation") or "warm"
+    ready: dict[str, Any] = {"t": "ready"}
+    if worker.failure is not None:
+        ready["error"] = worker.problem
+    link.send(Frame(ready))
+    while True:
+        try:
+            frame = link.receive()
+        except EOFError:
+            return 0
+        if frame.kind == "free":
+            worker.written.free(frame.head["pack"])
+        elif frame.kind == "msg":
+            try:
+                reply = worker.answer(frame)
+            finally:
+                frame.close()
+            link.send(reply)
+            for name in worker.read.forget():
+                link.send(Frame({"t": "forgot", "pack": name}))
+            if isolation == "process":
+                return 0
+        else:
+            raise ProtocolError(f"a worker cannot do {frame.kind!r:.50}")
+
+
+def threads() -> int:
+    """Give how many Python threads run beside this one."""
+    return threading.active_count() - 1

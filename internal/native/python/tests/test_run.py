@@ -1,0 +1,154 @@
+"""Whole runs: a ServerApp and workers that speak to a relay, on the Flower that is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.common.constant import ErrorCode
+from relay import Relay
+
+from _pergola_native import generations
+
+# To 1.12 or so, the SuperLink took messages for any node, and said nothing of ids that it did not know.
+KNOWS_UNKNOWN = hasattr(ErrorCode, "MESSAGE_UNAVAILABLE")
+LOOP = Path(__file__).resolve().parent / "apps" / "loop"
+
+
+def test_the_version_is_the_one_asked_for() -> None:
+    assert os.environ.get("PERGOLA_EXPECT_FLWR") in (None, importlib.metadata.version("flwr"), generations.version())
+
+
+def results(relay: Relay) -> dict[str, Any]:
+    """Give what the scenarios printed."""
+    out: dict[str, Any] = {}
+    for line in relay.printed("RESULT"):
+        out.update(json.loads(line))
+    return out
+
+
+class Run:
+    """A run that is over."""
+
+    def __init__(self, scenarios: list[str], isolation: str = "warm", nodes: int = 2, workers: int = 2, words: str = "") -> None:
+        self.relay = Relay(LOOP, nodes, workers, isolation, [f'scenarios="{",".join(scenarios)}"', *([words] if words else [])])
+        self.done = self.relay.go()
+        self.said = results(self.relay)
+        assert self.done.get("ok"), self.relay.text()
+
+
+@pytest.fixture(scope="session")
+def warm() -> Run:
+    return Run(["about", "echo", "records", "many", "large", "big_state", "raises", "exits", "nothing", "hangs", "pulls", "unknown", "invalid", "threads"])
+
+
+def test_the_process_is_as_under_flower(warm: Run) -> None:
+    about = warm.said["about"]
+    assert about["path"][0] == str(LOOP) and about["argv"] == [about["path"][1] + "/flwr-serverapp"]
+    assert about["cwd"] == str(LOOP.parent) and about["main_thread"]
+    seen = warm.said["echo"][0]["seen"]
+    assert seen["path"][0] == str(LOOP) and seen["argv"] == [seen["path"][1] + "/flwr-clientapp"]
+    assert seen["modules"] == [] and seen["main_thread"] and seen["threads"] == 1
+    assert seen["file"] == str(LOOP / "loop" / "client.py")
+    assert 3 not in about["fds"] or about["fds"] == [0, 1, 2, 3]  # the listing itself takes one
+
+
+def test_what_an_app_is_told(warm: Run) -> None:
+    about, relay = warm.said["about"], warm.relay
+    assert sorted(about["nodes"]) == sorted(relay.nodes)
+    assert about["run"]["run_id"] == relay.run and about["run"]["fab_id"] == "acme/loop" and about["run"]["fab_version"] == "1.2.3"
+    assert about["run_id"] in (relay.run, None)
+    assert about["run_config"]["number"] == 1 and about["run_config"]["nested.value"] == 7.5
+    for reply in warm.said["echo"]:
+        seen = reply["seen"]
+        assert seen["node_id"] == seen["dst"] == reply["src"] and seen["src"] == reply["dst"] == about["node_id"]
+        assert seen["run_id"] in (relay.run, None) and seen["message_run"] == reply["run"] == relay.run
+        assert reply["reply_to"] == seen["message_id"] and reply["id"] and seen["message_id"]
+        assert reply["group"] == seen["group"] == "1" and reply["type"] == seen["type"] == "train"
+        assert seen["node_config"] == {"partition-id": relay.nodes.index(reply["src"]), "num-partitions": 2}
+        assert seen["run_config"] == about["run_config"]
+        assert seen["calls"] == seen["count"] == 1
+    for first, again in zip(warm.said["records"]["first"], warm.said["records"]["again"]):
+        assert "mine" not in again["seen"]["run_config"] and "mine" not in again["seen"]["node_config"]
+        assert again["seen"]["count"] == first["seen"]["count"] + 1 == 3
+
+
+def test_records_there_and_back(warm: Run) -> None:
+    big = 50_000 * 49_999 / 2
+    for reply in warm.said["records"]["first"] + warm.said["records"]["again"]:
+        for sums in (reply["sums"], reply["seen"]["sums"]):
+            assert sums == {"a": [3.0, 0.0], "none": [], "z": [pytest.approx(big, rel=1e-6), pytest.approx(2 * big, rel=1e-6)]}
+        assert reply["seen"]["metrics"] == {"m0": {}, "m1": {"x": 1, "y": [0.5, 1.5]}}
+        assert reply["metrics"] == {"m": {"loss": "0.5", "n": "3", "bad": "nan", "far": "-inf", "list": "[1.0, 2.0]"}}
+        assert reply["flag"] is True and reply["bytes"] == [0, 255]
+    assert warm.said["records"]["unchanged"][0] == pytest.approx(big, rel=1e-6)
+
+
+def test_arrays_are_written_once(warm: Run) -> None:
+    sent = [m for m in warm.relay.messages if "pack" in m]
+    names = list(dict.fromkeys(m["pack"] for m in sent))
+    assert [len([m for m in sent if m["pack"] == n]) for n in names] == [4, 2, 4, 2]  # records, many, large, big_state
+    assert all(warm.relay.received[n] == 1 for n in names)
+    assert warm.said["many"] == [[2000, 1000.0 * 2000 * 1999 / 2]] * 2
+    assert warm.said["large"] == [25_000_000.0] * 4
+    assert all(m.get("plen", 0) < 64 << 10 or len(m["lens"]) == 2000 for m in sent)
+
+
+def test_numbers_are_read_off_replies(warm: Run) -> None:
+    for head in warm.relay.replies[:2]:
+        assert head["numbers"] == {"loss": 0.5, "n": 3, "bad": "NaN", "far": "-Infinity"}
+        assert head["round"] == 1 and head["type"] == "train" and head["seconds"] > 0 and "error" not in head
+
+
+def test_state_lasts(warm: Run) -> None:
+    counts = warm.said["big_state"]
+    assert counts == [counts[0]] * 2 + [counts[0] + 1] * 2 + [counts[0] + 2] * 2
+
+
+def test_what_raises_is_answered(warm: Run) -> None:
+    before = warm.said["big_state"][-1]
+    raised = warm.said["raises"]
+    for reply in raised["replies"]:
+        assert reply["error"] == [2, "<class 'ZeroDivisionError'>:<'asked to'>"]
+        assert reply["src"] in warm.relay.nodes and reply["reply_to"]
+    assert [r["seen"]["count"] for r in raised["after"]] == [before + 2] * 2  # kept, as Flower does
+    exited = warm.said["exits"]
+    for reply in exited["replies"]:
+        assert reply["error"][0] in (2, 8) and reply["error"][1] == "ClientApp stopped responding."
+    assert [r["seen"]["count"] for r in exited["after"]] == [before + 3] * 2  # lost: the process would be gone
+    assert warm.relay.replaced == 0
+    nothing = warm.said["nothing"]
+    assert [r["error"][0] for r in nothing["replies"]] == [2, 2]
+
+
+def test_timeouts_are_exact_and_late_replies_kept(warm: Run) -> None:
+    hangs = warm.said["hangs"]
+    slow = warm.said["about"]["nodes"][0]
+    assert [r["src"] for r in hangs["got"]] == [n for n in warm.said["about"]["nodes"] if n != slow]
+    assert [r["src"] for r in hangs["late"]] == [slow]
+    assert [r["seen"]["count"] for r in hangs["late"]][0] == warm.said["nothing"]["after"][0]["seen"]["count"] + 2
+
+
+def test_pushing_and_pulling(warm: Run) -> None:
+    pulls = warm.said["pulls"]
+    assert sorted(r["reply_to"] for r in pulls["got"]) == sorted(pulls["ids"])
+    assert pulls["zero"] == [] and pulls["empty"] == []
+    if not KNOWS_UNKNOWN:
+        assert pulls["again"] == pulls["never"] == []
+    for reply, asked in [*zip(pulls["again"], pulls["ids"]), *zip(pulls["never"], ["11111111-1111-1111-1111-111111111111"])]:
+        assert reply["error"][0] == 3 and reply["error"][1].startswith("Error: Message Unavailable - ")
+        assert reply["reply_to"] == asked and reply["src"] == reply["dst"] == warm.said["about"]["node_id"]
+    assert warm.said["invalid"] == "Invalid message:"
+    assert warm.said["threads"] == [[i, [str(i)]] for i in range(24)]
+
+
+def test_a_node_that_never_was(warm: Run) -> None:
+    replies = warm.said["unknown"]
+    assert len(replies) == 2
+    errors = [r for r in replies if "error" in r]
+    assert len(errors) == 1 and errors[0]["error"][0] == 3
+    assert errors[0]["error"][1].startswith("Error: Message Unavailable - " if KNOWS_UNKNOWN else "Error: Node Unavailable - ")
