@@ -99,17 +99,46 @@ func Mount(mux *http.ServeMux, s *connect.Server) {
 	connecthttp.Mount(mux, s, connecthttp.WithReadMaxBytes(MaxMessage))
 }
 
-// NewServer makes a server whose handlers may return problems. The errors below them go to log, not to the caller.
-func NewServer(log *slog.Logger) *connect.Server {
+// Observe hears of a call when it begins; done hears of its end: "ok", "canceled" by the caller, or the code of a problem.
+type Observe func(procedure string, stream bool) (done func(code string))
+
+// NewServer makes a server whose handlers may return problems. The errors below them go to log, not to the caller. Observers
+// hear of each call of a procedure that there is.
+func NewServer(log *slog.Logger, observe ...Observe) *connect.Server {
 	return connect.NewServer(func(next connect.ServerFunc) connect.ServerFunc {
-		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
-			err := next(ctx, spec, stream)
+		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) (err error) {
+			for _, o := range observe {
+				done := o(spec.Procedure, spec.StreamType != connect.StreamTypeUnary)
+				defer func() { done(outcome(ctx, err)) }()
+			}
+			err = next(ctx, spec, stream)
 			if err != nil && ctx.Err() == nil {
 				log.Info("a call was refused", "procedure", spec.Procedure, "err", err)
 			}
 			return toWire(err)
 		}
 	})
+}
+
+// outcome names how a call ended.
+func outcome(ctx context.Context, err error) string {
+	if err == nil {
+		return "ok"
+	}
+	if _, ok := errors.AsType[*problem.Error](err); !ok && (ctx.Err() != nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
+		return "canceled"
+	}
+	if ce, ok := errors.AsType[*connect.Error](err); ok {
+		for _, d := range ce.Details() {
+			if m, e := connectproto.UnmarshalErrorDetail(d); e == nil {
+				if p, ok := m.(*pb.Problem); ok {
+					return p.GetCode()
+				}
+			}
+		}
+		return ce.Code().String()
+	}
+	return string(problem.CodeOf(err))
 }
 
 // clientProblems turns what a call or its stream gives back into problems.

@@ -147,6 +147,8 @@ type Store interface {
 	RemoveToken(ctx context.Context, hash string) error
 
 	Backup(ctx context.Context, path string) error
+	Ready(ctx context.Context) error
+	Observe(Observer)
 	Close() error
 }
 

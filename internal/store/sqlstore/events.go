@@ -90,5 +90,9 @@ func putEvent(ctx context.Context, tx *txn, e job.Event, partySeq int64) (int64,
 	var seq int64
 	err := tx.QueryRowContext(ctx, "INSERT INTO event (job, at, party, party_seq, kind, body) VALUES (?, ?, ?, ?, ?, ?) RETURNING seq",
 		e.Job, nanos(e.At), e.Party, partySeq, e.Kind, string(e.Body)).Scan(&seq)
+	if err == nil && tx.db.obs.Event != nil {
+		e.Seq = seq
+		tx.events = append(tx.events, e)
+	}
 	return seq, err
 }

@@ -37,6 +37,7 @@ type DB struct {
 	store.Fanout
 	w, r *sql.DB
 	d    Dialect
+	obs  store.Observer
 }
 
 // Patience is the longest time that a call waits for the database; then it is unavailable. It is longer than SQLite's waiting
@@ -80,34 +81,40 @@ func Unavailable(err error, doing string) error {
 // rows are the results of a query, and end its bound when they are closed.
 type rows struct {
 	*sql.Rows
-	ctx  context.Context
-	done context.CancelFunc
+	ctx   context.Context
+	done  context.CancelFunc
+	since time.Time
 }
 
 // query reads without a transaction. Whoever gets rows hands them to collect.
 func (db *DB) query(ctx context.Context, q string, args ...any) (rows, error) {
+	since := time.Now()
 	ctx, done := patient(ctx)
 	rs, err := db.r.QueryContext(ctx, db.stmt(q), clean(args)...) //nolint:rowserrcheck // collect does
-	return rows{rs, ctx, done}, err
+	return rows{rs, ctx, done, since}, err
 }
 
 // one reads a single row without a transaction. It gives sql.ErrNoRows where there is none, any other error as a problem.
 func one[T any](ctx context.Context, db *DB, doing string, scan func(row) (T, error), q string, args ...any) (T, error) {
+	since := time.Now()
 	ctx, done := patient(ctx)
 	defer done()
 	v, err := scan(db.r.QueryRowContext(ctx, db.stmt(q), clean(args)...))
 	if errors.Is(err, sql.ErrNoRows) {
+		db.called(doing, false, since, nil)
 		return v, sql.ErrNoRows
 	}
-	return v, db.trouble(ctx, err, doing)
+	err = db.trouble(ctx, err, doing)
+	db.called(doing, false, since, err)
+	return v, err
 }
 
-func collect[T any](db *DB, rs rows, err error, doing string, scan func(row) (T, error)) ([]T, error) {
+func collect[T any](db *DB, rs rows, err error, doing string, scan func(row) (T, error)) (out []T, problem error) {
 	defer rs.done()
+	defer func() { db.called(doing, false, rs.since, problem) }()
 	if err != nil {
 		return nil, db.trouble(rs.ctx, err, doing)
 	}
-	var out []T
 	for rs.Next() {
 		v, err := scan(rs)
 		if err != nil {
@@ -120,8 +127,9 @@ func collect[T any](db *DB, rs rows, err error, doing string, scan func(row) (T,
 
 // txn is a writing transaction.
 type txn struct {
-	tx *sql.Tx
-	db *DB
+	tx     *sql.Tx
+	db     *DB
+	events []job.Event // that are stored with it
 }
 
 func (t *txn) ExecContext(ctx context.Context, q string, args ...any) (sql.Result, error) {
@@ -134,7 +142,9 @@ func (t *txn) QueryRowContext(ctx context.Context, q string, args ...any) *sql.R
 
 // write runs fn in one transaction, beside which there is no other writer. fn says about which jobs it changed something;
 // "" stands for what is no job's.
-func (db *DB) write(ctx context.Context, doing string, fn func(context.Context, *txn) (changed []job.ID, err error)) error {
+func (db *DB) write(ctx context.Context, doing string, fn func(context.Context, *txn) (changed []job.ID, err error)) (err error) {
+	since := time.Now()
+	defer func() { db.called(doing, true, since, err) }()
 	ctx, done := patient(ctx)
 	defer done()
 	tx, err := db.w.BeginTx(ctx, nil)
@@ -142,9 +152,10 @@ func (db *DB) write(ctx context.Context, doing string, fn func(context.Context, 
 		return db.trouble(ctx, err, doing)
 	}
 	var changed []job.ID
+	t := &txn{tx: tx, db: db}
 	err = db.d.Begin(ctx, tx)
 	if err == nil {
-		changed, err = fn(ctx, &txn{tx, db})
+		changed, err = fn(ctx, t)
 	}
 	for _, id := range changed {
 		if err == nil {
@@ -161,6 +172,11 @@ func (db *DB) write(ctx context.Context, doing string, fn func(context.Context, 
 	err = tx.Commit()
 	for _, id := range changed { // also if the commit failed: its answer may be lost and the change stored all the same
 		db.Wake(id)
+	}
+	if err == nil && db.obs.Event != nil {
+		for _, e := range t.events {
+			db.obs.Event(e)
+		}
 	}
 	return db.trouble(ctx, err, doing)
 }

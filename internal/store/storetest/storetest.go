@@ -59,6 +59,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Opener) {
 		{"jobs are found by how their IDs begin", testFind},
 		{"jobs are chosen by submitter, name and prefix", testFilters},
 		{"jobs are counted by state", testCount},
+		{"an observer hears of calls, and of what was stored", testObserve},
 		{"a job that is over can be deleted, with all that belongs to it", testDelete},
 		{"the parties of many jobs come at once", testPartiesOf},
 		{"a bundle that a job needs stays", testDeleteBundle},
