@@ -31,6 +31,7 @@ const (
 var layer = map[string]int{
 	"arch":    0,
 	"problem": 0,
+	"redact":  0,
 	"sock":    0,
 
 	"api/pergola/v1":                  0, // generated from proto/
@@ -38,7 +39,9 @@ var layer = map[string]int{
 	"clock":                           1,
 	"config":                          1,
 	"link":                            1,
+	"logline":                         1,
 	"logs":                            1,
+	"monitor":                         1,
 	"pki":                             1,
 	"native/python":                   1, // data: the modules to be embedded
 	"proc":                            1,

@@ -1,14 +1,17 @@
 package cli
 
 import (
+	"cmp"
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"sync"
 
 	"github.com/spf13/cobra"
 
 	"github.com/pergolafl/pergola/internal/hub"
+	"github.com/pergolafl/pergola/internal/logline"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/runner"
 	"github.com/pergolafl/pergola/internal/site"
@@ -16,24 +19,36 @@ import (
 
 // serviceFlags are those of every long-running process.
 type serviceFlags struct {
-	dir   string
-	level string
+	dir    string
+	level  string
+	format string
 }
 
 func (f *serviceFlags) add(c *cobra.Command, what string) {
 	c.Flags().StringVar(&f.dir, "dir", "", what)
-	c.Flags().StringVar(&f.level, "log-level", "info", "debug, info, warn or error")
+	c.Flags().StringVar(&f.level, "log-level", cmp.Or(os.Getenv(logline.LevelVar), "info"), "debug, info, warn or error ("+logline.LevelVar+")")
+	c.Flags().StringVar(&f.format, "log-format", cmp.Or(os.Getenv(logline.FormatVar), string(logline.Auto)), "auto (text on a terminal, else JSON), json or text ("+logline.FormatVar+")")
+	must(c.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions(logline.Levels, cobra.ShellCompDirectiveNoFileComp)))
+	must(c.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions(logline.Formats, cobra.ShellCompDirectiveNoFileComp)))
+	must(c.MarkFlagDirname("dir"))
 }
 
 func (f *serviceFlags) log(e env) (*slog.Logger, error) {
 	if f.dir == "" {
 		return nil, problem.New(problem.Usage, "give the directory with --dir", "no directory was given")
 	}
-	var l slog.Level
-	if err := l.UnmarshalText([]byte(f.level)); err != nil {
-		return nil, problem.New(problem.Usage, "use debug, info, warn or error", "--log-level %q is unknown%s", f.level, problem.DidYouMean(f.level, []string{"debug", "info", "warn", "error"}))
+	format, level, err := logline.Parse(f.format, f.level)
+	if err != nil {
+		return nil, err
 	}
-	return logger(e.stderr, l), nil
+	// Runners log as who starts them does.
+	if err := os.Setenv(logline.LevelVar, f.level); err != nil {
+		return nil, err
+	}
+	if err := os.Setenv(logline.FormatVar, f.format); err != nil {
+		return nil, err
+	}
+	return logline.New(e.stderr, format, level), nil
 }
 
 func newHub(e env) *cobra.Command {
@@ -70,7 +85,7 @@ func newHub(e env) *cobra.Command {
 		},
 	}
 	f.add(c, "the hub's directory (PERGOLA_DIR)")
-	c.AddCommand(newHubInit(e), newHubToken(e), newHubBackup(e))
+	c.AddCommand(newHubInit(e), newHubToken(e), newHubBackup(e), newHubStatus(e))
 	return c
 }
 
@@ -102,7 +117,7 @@ func newSite(e env) *cobra.Command {
 		},
 	}
 	f.add(c, "the agent's directory (PERGOLA_DIR)")
-	c.AddCommand(newSiteJoin(e))
+	c.AddCommand(newSiteJoin(e), newSiteStatus(e))
 	return c
 }
 

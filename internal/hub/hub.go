@@ -28,6 +28,7 @@ import (
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/link"
+	"github.com/pergolafl/pergola/internal/monitor"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/pyenv"
@@ -49,6 +50,9 @@ type Config struct {
 	SiteGrace job.Duration `toml:"site-grace"` // how long a site's agent may be away in a job; default the job's outage-tolerance
 	Store     string       `toml:"store"`      // postgres://…; "" = a file in the hub's directory
 	Mark      string       `toml:"mark"`       // begins the marks of this hub's programs; default "hub"
+
+	Monitor         string `toml:"monitor"`          // host:port of the pages for monitoring, without TLS; "" = none but in the directory and on the port
+	MonitorAnywhere bool   `toml:"monitor-anywhere"` // that may be an address that other machines reach
 }
 
 // ballastBytes are set aside so that the ends of jobs can be stored on a disk that is full.
@@ -68,6 +72,7 @@ type Hub struct {
 	opened time.Time // sites that have not been seen since then are away since then
 
 	changed store.Fanout // sites that came and went, under the job id ""
+	watched
 
 	mu    sync.Mutex // guards the rest
 	sites map[string]*siteState
@@ -123,6 +128,8 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	if h.db, err = openStore(ctx, dir, h.conf.Store); err != nil {
 		return nil, err
 	}
+	h.measures = newMeasures()
+	h.db.Observe(h.measures.observer(h))
 	return h, nil
 }
 
@@ -143,6 +150,9 @@ func (c *Config) check() error {
 		c.Listen = ":443"
 	}
 	if err := checkStore(c.Store); err != nil {
+		return err
+	}
+	if err := c.checkMonitor(); err != nil {
 		return err
 	}
 	if c.Cache == "" {
@@ -174,7 +184,14 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 	if err != nil {
 		return problem.Wrap(err, problem.Usage, "choose another with listen in hub.toml", CannotListen+"%s", h.conf.Listen)
 	}
-	srv := api.NewServer(h.log)
+	mon, err := h.listenMonitor(ctx)
+	if err != nil {
+		ln.Close()
+		return err
+	}
+	watching := monitor.NewGroup(ctx)
+	defer watching.Wait() // before the store is closed
+	srv := api.NewServer(h.log, h.measures.call)
 	pergolav1connect.RegisterJobServiceHandler(srv, jobService{h})
 	pergolav1connect.RegisterBundleServiceHandler(srv, bundleService{h})
 	pergolav1connect.RegisterSiteServiceHandler(srv, siteService{h})
@@ -182,12 +199,16 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 	api.Mount(mux, srv)
 	g, ctx := errgroup.WithContext(ctx)
 	p := newPort(ln, h.tls, h.log)
+	m := h.watch(watching, p)
+	for _, page := range []string{"/healthz", "/readyz", "/metrics"} {
+		mux.Handle(page, h.pages(m))
+	}
 	hs := &http.Server{
 		Handler: mux, TLSConfig: h.tls, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
 		ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelDebug), BaseContext: func(net.Listener) context.Context { return ctx },
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
 	}
-	joining := api.NewServer(h.log)
+	joining := api.NewServer(h.log, h.measures.call)
 	pergolav1connect.RegisterEnrolServiceHandler(joining, enrolService{h})
 	joinMux := http.NewServeMux()
 	api.Mount(joinMux, joining)
@@ -200,6 +221,7 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 	g.Go(func() error { return p.run(ctx, func(c *tls.Conn) { h.splice(ctx, c) }) })
 	g.Go(func() error { return serveHTTP(ctx, hs, p.http) })
 	g.Go(func() error { return h.control(ctx) })
+	g.Go(func() error { return h.serveMonitor(ctx, m, mon) })
 	listening(ln.Addr())
 	h.log.Info("the hub listens", "address", ln.Addr().String())
 	return g.Wait()
@@ -241,6 +263,7 @@ func (h *Hub) control(ctx context.Context) error {
 	defer wg.Wait()
 	wg.Go(func() { h.sweepAll(ctx) })
 	for {
+		h.beats()
 		js, err := h.unfinished(ctx)
 		if err != nil && ctx.Err() == nil {
 			h.log.Error("cannot read the jobs", "err", err)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/link"
+	"github.com/pergolafl/pergola/internal/logline"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/runner"
 	"github.com/pergolafl/pergola/internal/sock"
@@ -189,31 +190,32 @@ func (h *Hub) splice(ctx context.Context, c *tls.Conn) {
 		h.log.Warn("a link was refused", "from", c.RemoteAddr().String(), "err", err)
 		return
 	}
+	log := h.log.With(logline.Identity, id.String(), logline.Job, id.Job, logline.Site, id.Name)
 	jid, err := job.ParseID(id.Job)
 	if err == nil {
 		err = h.mayLink(ctx, jid, id.Name)
 	}
 	if err != nil {
-		h.log.Warn("a link was refused", "identity", id.String(), "err", err)
+		log.Warn("a link was refused", "err", err)
 		return
 	}
 	if !h.linkUp(id) {
-		h.log.Warn("a link was refused", "identity", id.String(), "err", "it has too many")
+		log.Warn("a link was refused", "err", "it has too many")
 		return
 	}
 	defer h.linkDown(id)
 	up, err := sock.Dial(ctx, runner.LinkSocket(h.partyDir(jid)))
 	if err != nil {
-		h.log.Info("a link came before the job's runner was there", "identity", id.String(), "err", err)
+		log.Info("a link came before the job's runner was there", "err", err)
 		return
 	}
 	if err := link.WritePreface(up, link.Peer{Job: id.Job, Site: id.Name}); err != nil {
 		up.Close()
-		h.log.Warn("a link could not be handed on", "identity", id.String(), "err", err)
+		log.Warn("a link could not be handed on", "err", err)
 		return
 	}
-	if err := link.Splice(ctx, c, up); err != nil && ctx.Err() == nil {
-		h.log.Info("a link broke", "identity", id.String(), "err", err)
+	if err := link.Splice(ctx, h.measures.counted(c), up); err != nil && ctx.Err() == nil {
+		log.Info("a link broke", "err", err)
 	}
 }
 

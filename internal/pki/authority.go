@@ -74,6 +74,9 @@ func newAuthority(der []byte, key *ecdsa.PrivateKey) (*Authority, error) {
 // CertPEM gives the authority's certificate, which every party needs.
 func (a *Authority) CertPEM() []byte { return append([]byte(nil), a.certPEM...) }
 
+// NotAfter gives when the authority ends.
+func (a *Authority) NotAfter() time.Time { return a.cert.NotAfter }
+
 // Roots gives a pool with this authority alone.
 func (a *Authority) Roots() *x509.CertPool {
 	pool := x509.NewCertPool()

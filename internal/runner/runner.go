@@ -34,6 +34,7 @@ import (
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/logline"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/proc"
 	"github.com/pergolafl/pergola/internal/sock"
@@ -69,6 +70,7 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	if err != nil {
 		return problem.Wrap(err, problem.Usage, "hubs and agents start runners; see `pergola run --help`", "this is no party's directory")
 	}
+	log = log.With(logline.Job, spec.Job, logline.Party, spec.Party)
 	if spec.Tmp != "" {
 		defer func() { _ = os.RemoveAll(spec.Tmp) }() // the starter does it, too, if it is there
 	}

@@ -22,6 +22,7 @@ import (
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/logline"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/pyenv"
@@ -56,6 +57,7 @@ type Agent struct {
 	offer  offer
 	log    *slog.Logger
 	client *api.Client
+	conn   connection
 
 	Status func(string) // is told in words how it stands with the hub; nil: nobody is. Set it before Run.
 
@@ -153,8 +155,12 @@ func inFile(err error, path string) error {
 // Run keeps what the hub wants until ctx is done. Runners go on without the agent.
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.client.Close()
+	a.log = a.log.With(logline.Site, a.conf.Name)
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	watched, unwatch := context.WithCancel(ctx)
+	defer unwatch()
+	wg.Go(func() { a.serveMonitor(watched) })
 	bo := backoff.NewExponentialBackOff()
 	bo.InitialInterval, bo.MaxInterval = 50*time.Millisecond, 5*time.Second
 	for {
@@ -163,6 +169,7 @@ func (a *Agent) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
+		a.conn.set(false, err)
 		switch problem.CodeOf(err) {
 		case problem.Denied, problem.Version:
 			return err // trying again changes nothing
@@ -212,6 +219,7 @@ func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) error {
 			return err
 		}
 		if first {
+			a.conn.set(true, nil)
 			a.log.Info("connected", "hub", strings.Join(a.hubs, ", "))
 			a.tell("connected to " + strings.Join(a.hubs, ", "))
 		}
