@@ -37,6 +37,10 @@ const (
 	ProgramServerApp = "flower-server-app"
 	ProgramClientApp = "flower-client-app" // in the supernode's place up to 1.9
 	ProgramFlwrRun   = "flwr run"
+
+	// Of the native engine, by the names that Flower gives to the processes of apps.
+	ProgramHostServer = "flwr-serverapp"
+	ProgramHostClient = "flwr-clientapp"
 )
 
 // firstPort is where the ports of a party's programs begin: below Linux's ephemeral range (32768 and
@@ -177,13 +181,13 @@ func newParty(inst *Installation, appDir, logDir, home string, env []string, nam
 }
 
 // start starts one of the programs; onLine gets its lines with colours and other escapes removed.
-func (p *party) start(name, log, prefix string, args []string, onLine func(string)) (*proc.Process, error) {
+func (p *party) start(name, log, prefix string, args []string, onLine func(string), files ...*os.File) (*proc.Process, error) {
 	if p.name != "" {
 		prefix += "@" + p.name
 	}
 	process, err := proc.Start(proc.Spec{
 		Name: name, Args: args, Dir: p.dir, Env: p.env, Log: filepath.Join(p.logDir, log), Prefix: prefix, Echo: p.echo,
-		OnLine: func(line string) { onLine(plain(line)) }, OnLogError: p.onLogError,
+		OnLine: func(line string) { onLine(plain(line)) }, OnLogError: p.onLogError, Files: files,
 	})
 	if err != nil {
 		p.events.emit(Event{Kind: ProgramEnded, Program: name, Exit: proc.Exit{Code: proc.ExitCannotStart}, Tail: []string{err.Error()}})

@@ -486,6 +486,11 @@ func (s *Server) appError(how, log string, tail []string, exit proc.Exit) error 
 	s.mu.Lock()
 	last := s.lastApp
 	s.mu.Unlock()
+	return appProblem(how, log, tail, exit, last)
+}
+
+// appProblem is the problem of a server app that did not end well; last is the newest exception that it printed, or nil.
+func appProblem(how, log string, tail []string, exit proc.Exit, last *raised) *problem.Error {
 	e := problem.New(problem.AppError, "correct the app; the traceback is in "+log, "the server app failed (%s)%s", how, lastWords(tail))
 	switch {
 	case exit.OOM:

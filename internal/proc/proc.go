@@ -16,6 +16,7 @@ package proc
 import (
 	"fmt"
 	"io"
+	"os"
 	"strconv"
 	"syscall"
 	"time"
@@ -52,6 +53,9 @@ type Spec struct {
 	Log    string    // file to append every line to; "" is none
 	Prefix string    // lines are echoed as "[Prefix] line"; "" echoes them bare
 	Echo   io.Writer // gets one Write per line; must be safe for use by several programs at a time; nil is no echo
+
+	// Files are given to the program as descriptors 3, 4, …; the caller keeps its own, and closes them.
+	Files []*os.File
 
 	// Progress also echoes the passing forms of a progress line, as "\r[Prefix] form".
 	Progress bool

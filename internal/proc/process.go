@@ -108,7 +108,7 @@ func start(spec Spec, out, errs func([]byte)) (p *Process, err error) {
 	p.os, err = spawn(spec.Args[0], spec.Args, &os.ProcAttr{
 		Dir:   spec.Dir,
 		Env:   environ(spec.Env, p.token),
-		Files: []*os.File{null, streams[0].w, streams[len(streams)-1].w},
+		Files: append([]*os.File{null, streams[0].w, streams[len(streams)-1].w}, spec.Files...),
 		Sys:   &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL},
 	})
 	if err != nil {

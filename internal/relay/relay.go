@@ -10,7 +10,7 @@
 //	'R'  version (1)  length n (1–63)  n bytes: the target's name, a lower-case DNS label
 //
 // Whatever goes wrong on one side of a connection is a reset on the other; there is no second way to fail.
-// Start with [Listen] and [Serve].
+// Start with [Listen] and [Serve], or with [Open] and [Streams] where there is no connection to carry.
 package relay
 
 import (
@@ -121,22 +121,60 @@ func Serve(ctx context.Context, accept func(context.Context) (Stream, error), di
 	}
 }
 
-// Signal opens a stream that names target and carries nothing, and waits until the far end has ended it: its dial has
-// returned then. The error is that of ctx or of the session.
-func Signal(ctx context.Context, target string, open func(context.Context) (Stream, error)) error {
+// Streams hands every stream that accept gives, its header read, to handle with the target named in it, each on a goroutine of its own:
+// for ends that make something of streams without a connection behind them. handle closes the stream. It returns as [Serve] does,
+// when all of them have.
+func Streams(ctx context.Context, accept func(context.Context) (Stream, error), handle func(ctx context.Context, target string, s Stream)) error {
+	var streams sync.WaitGroup
+	defer streams.Wait()
+	outer := ctx
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	for {
+		s, err := accept(ctx)
+		if err != nil {
+			if outer.Err() != nil {
+				return nil
+			}
+			return fmt.Errorf("accept a stream: %w", err)
+		}
+		streams.Go(func() {
+			target, err := acceptHeader(ctx, s)
+			if err != nil {
+				_ = s.Reset()
+				return
+			}
+			handle(ctx, target, s)
+		})
+	}
+}
+
+// Open opens a stream that names target, for what [Streams] hands on at the far end.
+func Open(ctx context.Context, target string, open func(context.Context) (Stream, error)) (Stream, error) {
 	head, err := appendHeader(nil, target)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	s, err := open(ctx)
 	if err != nil {
-		return fmt.Errorf("open a stream: %w", err)
+		return nil, fmt.Errorf("open a stream: %w", err)
+	}
+	if _, err := s.Write(head); err != nil {
+		_ = s.Reset()
+		return nil, fmt.Errorf("name a stream's target: %w", err)
+	}
+	return s, nil
+}
+
+// Signal opens a stream that names target and carries nothing, and waits until the far end has ended it: its dial has
+// returned then. The error is that of ctx or of the session.
+func Signal(ctx context.Context, target string, open func(context.Context) (Stream, error)) error {
+	s, err := Open(ctx, target, open)
+	if err != nil {
+		return err
 	}
 	defer s.Close()
 	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
-	if _, err := s.Write(head); err != nil {
-		return fmt.Errorf("name a stream's target: %w", err)
-	}
 	_, _ = s.Read(make([]byte, 1)) // its end, which a reset is
 	return ctx.Err()
 }

@@ -1,0 +1,544 @@
+package native
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func fileConn(t testing.TB, f *os.File) *conn {
+	t.Helper()
+	c, err := net.FileConn(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = f.Close()
+	return newConn(c)
+}
+
+func memory(t testing.TB, text string) *os.File {
+	t.Helper()
+	f, err := memFile("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteString(text); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = f.Close() })
+	return f
+}
+
+func content(t testing.TB, f *os.File) string {
+	t.Helper()
+	b, err := io.ReadAll(io.NewSectionReader(f, 0, 1<<40))
+	if err != nil {
+		t.Error(err)
+	}
+	return string(b)
+}
+
+// stream is a link's stream made of a socket.
+type stream struct{ *net.UnixConn }
+
+func (s stream) Reset() error { return s.Close() }
+
+// fakeLink joins a site to a hub by sockets.
+type fakeLink struct {
+	t      testing.TB
+	hub    *Hub
+	member *Member
+	site   *Site
+	packs  atomic.Int32 // streams of packs to the site
+	ctx    context.Context
+	cut    context.CancelFunc
+	wg     sync.WaitGroup
+}
+
+func (l *fakeLink) pair() (a, b Stream) {
+	ours, theirs, err := SocketPair()
+	if err != nil {
+		l.t.Error(err)
+	}
+	c, err := net.FileConn(theirs)
+	if err != nil {
+		l.t.Error(err)
+	}
+	_ = theirs.Close()
+	return stream{ours}, stream{c.(*net.UnixConn)}
+}
+
+func (l *fakeLink) openToHub(_ context.Context, target string) (Stream, error) {
+	a, b := l.pair()
+	l.wg.Go(func() { _ = l.member.Serve(target, b) })
+	return a, nil
+}
+
+func (l *fakeLink) openToSite(_ context.Context, target string) (Stream, error) {
+	l.packs.Add(1)
+	a, b := l.pair()
+	l.wg.Go(func() { _ = l.site.Accept(l.ctx, target, b) })
+	return a, nil
+}
+
+// fakeWorker is what a worker does with a message, in the place of Python. It may write to c itself; ok false: it is gone.
+type fakeWorker func(c *conn, f *frame, packs map[string]string) (answer *frame, ok bool)
+
+// world is a hub, sites and a ServerApp's end.
+type world struct {
+	t      testing.TB
+	hub    *Hub
+	links  []*fakeLink
+	server *conn
+	nodes  []uint64
+	result chan error
+	deaths chan string
+	starts atomic.Int32
+	mu     sync.Mutex
+	batch  []Batch
+}
+
+func (w *world) process(run func(*conn)) Process {
+	ours, theirs, err := SocketPair()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	c, done := fileConn(w.t, theirs), make(chan struct{})
+	go func() {
+		defer close(done)
+		defer c.close()
+		run(c)
+	}()
+	return Process{Conn: ours, Done: done, Exit: func() string { <-done; return "exit code 3" }, Stop: func(time.Duration) {
+		_ = ours.Close()
+		_ = c.c.SetDeadline(time.Now())
+		<-done
+	}}
+}
+
+// client is the loop of a fake worker.
+func (w *world) client(isolation string, f fakeWorker) func(*conn) {
+	return func(c *conn) {
+		if c.write(frame{head: head{T: tHello, Protocol: Protocol, Flwr: "1.30.0"}}) != nil {
+			return
+		}
+		start, err := c.read()
+		if err != nil {
+			return
+		}
+		if start.T != tStart || start.Run == 0 {
+			w.t.Errorf("a worker was started with %+v", start.head)
+		}
+		yes := true
+		if c.write(frame{head: head{T: tReady, Fork: &yes}}) != nil {
+			return
+		}
+		packs := map[string]string{}
+		for {
+			m, err := c.read()
+			if err != nil {
+				return
+			}
+			if m.T == tFree {
+				continue
+			}
+			for i, name := range m.Fds {
+				packs[name] = content(w.t, m.files[i])
+			}
+			m.close()
+			if _, ok := packs[m.Pack]; !ok && m.Pack != "" {
+				w.t.Errorf("the worker lacks the pack %s", m.Pack)
+			}
+			answer, ok := f(c, &m, packs)
+			if !ok {
+				return
+			}
+			if answer != nil {
+				answer.T, answer.ID, answer.Node = tReply, m.ID, m.Node
+				err := c.write(*answer)
+				closeFiles(answer.files)
+				if err != nil {
+					return
+				}
+			}
+			if isolation == PerMessage {
+				return
+			}
+		}
+	}
+}
+
+func newWorld(t testing.TB, sites, clients, workers int, isolation string, f fakeWorker) *world {
+	w := &world{t: t, result: make(chan error, 1), deaths: make(chan string, 100)}
+	ctx, cancel := context.WithCancel(t.Context())
+	w.hub = NewHub(HubOptions{OnBatch: func(b Batch) {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.batch = append(w.batch, b)
+	}})
+	var wg sync.WaitGroup
+	for i := range sites {
+		l := &fakeLink{t: t, hub: w.hub}
+		l.ctx, l.cut = context.WithCancel(ctx)
+		l.member = w.hub.Join(l.ctx, fmt.Sprintf("site-%d", i+1), l.openToSite)
+		l.site = NewSite(SiteOptions{
+			Name: fmt.Sprintf("site-%d", i+1), Clients: clients, Workers: workers, Isolation: isolation, Open: l.openToHub,
+			NodeConfig: func(c int) any { return map[string]any{"partition-id": i*clients + c} },
+			Start: func(int) (Process, error) {
+				w.starts.Add(1)
+				return w.process(w.client(isolation, f)), nil
+			},
+			OnReady: func(Readiness) {}, OnDeath: func(how string, busy bool) { w.deaths <- fmt.Sprint(how, " ", busy) },
+		})
+		linked := make(chan struct{})
+		close(linked)
+		wg.Go(func() { _ = l.site.Run(l.ctx, linked) })
+		w.links = append(w.links, l)
+	}
+	if err := w.hub.Wait(ctx, sites); err != nil {
+		t.Fatal(err)
+	}
+	got := make(chan *conn, 1)
+	p := w.process(func(c *conn) {
+		if err := c.write(frame{head: head{T: tHello, Protocol: Protocol}}); err != nil {
+			t.Error(err)
+		}
+		got <- c
+		<-ctx.Done()
+	})
+	peer, err := Greet(ctx, p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		res, err := w.hub.Run(ctx, peer, StartApp{Dir: "app"})
+		if err == nil && !res.OK {
+			err = errors.New(res.Error)
+		}
+		w.result <- err
+	}()
+	w.server = <-got
+	start := w.next(tStart)
+	w.nodes = start.Nodes
+	if len(w.nodes) != sites*clients {
+		t.Fatalf("the ServerApp starts with %d nodes", len(w.nodes))
+	}
+	t.Cleanup(func() {
+		cancel()
+		for _, l := range w.links {
+			l.member.Leave()
+		}
+		wg.Wait()
+		for _, l := range w.links {
+			l.wg.Wait()
+		}
+		<-p.Done
+	})
+	return w
+}
+
+// next reads the ServerApp's next frame, which must be of one of the types.
+func (w *world) next(types ...string) frame {
+	w.t.Helper()
+	f, err := w.server.read()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if !slices.Contains(types, f.T) {
+		w.t.Fatalf("got %q (%+v), want %v", f.T, f.head, types)
+	}
+	return f
+}
+
+func (w *world) send(f frame) {
+	w.t.Helper()
+	if err := w.server.write(f); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+func (w *world) done() {
+	w.t.Helper()
+	w.send(frame{head: head{T: tDone, OK: true}})
+	if err := <-w.result; err != nil {
+		w.t.Errorf("the run ended with %v", err)
+	}
+}
+
+// echo answers with what it was sent, and counts messages in the node's state.
+func echo(_ *conn, f *frame, packs map[string]string) (*frame, bool) {
+	var config map[string]int
+	if json.Unmarshal(f.NodeConfig, &config) != nil {
+		return nil, false
+	}
+	text := fmt.Sprintf("%s at %d after %q", f.proto, config["partition-id"], f.state)
+	answer := frame{head: head{Numbers: Values{"loss": float64(config["partition-id"])}, Round: 1}, proto: []byte(text), state: append(f.state, '.')}
+	if f.Pack != "" {
+		file, err := memFile("answer")
+		if err != nil {
+			return nil, false
+		}
+		if _, err := file.WriteString(strings.ToUpper(packs[f.Pack])); err != nil {
+			return nil, false
+		}
+		answer.Pack, answer.Lens, answer.Fds, answer.files = "c.1", f.Lens, []string{"c.1"}, []*os.File{file}
+	}
+	return &answer, true
+}
+
+// Messages reach their nodes, replies come back, and each node's state grows by its own messages alone, on every kind of worker.
+func TestMessages(t *testing.T) {
+	for _, isolation := range []string{Warm, PerMessage} {
+		w := newWorld(t, 2, 3, 2, isolation, echo)
+		for round := range 3 {
+			for i, n := range w.nodes {
+				w.send(frame{head: head{T: tMsg, ID: fmt.Sprintf("%d.%d", round, i), Node: n, TTL: 100, Type: "train"}, proto: []byte("hello")})
+			}
+			for range w.nodes {
+				f := w.next(tReply)
+				i := slices.Index(w.nodes, f.Node)
+				if w.links[0].member.nodes[0] != w.nodes[0] { // the other site came first
+					i = (i + 3) % 6
+				}
+				if want := fmt.Sprintf("hello at %d after %q", i, strings.Repeat(".", round)); string(f.proto) != want || f.ID != fmt.Sprintf("%d.%d", round, slices.Index(w.nodes, f.Node)) {
+					t.Errorf("%s: round %d: %s answers %q, want %q", isolation, round, f.ID, f.proto, want)
+				}
+			}
+		}
+		w.done()
+		if n := w.starts.Load(); isolation == Warm && n != 4 || isolation == PerMessage && n < 18 {
+			t.Errorf("%s: %d processes were started", isolation, n)
+		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		if len(w.batch) != 2 || w.batch[0].Replies != 9 || w.batch[0].Values["loss"] != (Stat{Mean: 1, Min: 0, Max: 2, Count: 9}) || w.batch[1].Values["loss"].Mean != 4 {
+			t.Errorf("%s: the replies came to %+v", isolation, w.batch)
+		}
+	}
+}
+
+// A pack goes to each site once, whatever the number of its clients and messages; another with the same bytes is the same one; and when
+// the ServerApp's process drops it, it is told that nobody holds it any more.
+func TestPacks(t *testing.T) {
+	w := newWorld(t, 2, 3, 2, Warm, echo)
+	model := strings.Repeat("model ", 100_000)
+	lens := []int64{6, -1, int64(len(model)) - 6}
+	for round := range 2 {
+		for i, n := range w.nodes {
+			f := frame{head: head{T: tMsg, ID: fmt.Sprintf("%d.%d", round, i), Node: n, TTL: 100, Pack: "s.1", Lens: lens}}
+			switch {
+			case round == 0 && i == 0:
+				f.Fds, f.files = []string{"s.1"}, []*os.File{memory(t, model)}
+			case round == 1 && i == 5: // the same anew, in a file that has been longer before
+				f.Pack, f.Fds, f.files = "s.2", []string{"s.2"}, []*os.File{memory(t, model+"old")}
+			}
+			w.send(f)
+		}
+		for range w.nodes {
+			f := w.next(tReply)
+			file := f.file(f.Pack)
+			if file == nil || !slices.Equal(f.Lens, lens) {
+				t.Fatalf("a reply came without its pack: %+v", f.head)
+			}
+			if got := content(t, file); got[:len(model)] != strings.ToUpper(model) {
+				t.Errorf("%s answers with other bytes", f.ID)
+			}
+			closeFiles([]*os.File{file})
+			w.send(frame{head: head{T: tFree, Pack: f.Pack}})
+		}
+	}
+	for _, l := range w.links {
+		if n := l.packs.Load(); n != 1 {
+			t.Errorf("the model went to %s %d times", l.member.site, n)
+		}
+	}
+	w.send(frame{head: head{T: tDrop, Pack: "s.1"}})
+	w.send(frame{head: head{T: tDrop, Pack: "s.2"}})
+	for _, name := range []string{"s.1", "s.2"} {
+		if f := w.next(tForgot); f.Pack != name {
+			t.Errorf("%s is forgotten before %s", f.Pack, name)
+		}
+	}
+	w.done()
+	for _, l := range w.links {
+		l.site.mu.Lock()
+		if len(l.site.refs) > 0 {
+			t.Errorf("the site holds on to %v", l.site.refs)
+		}
+		l.site.mu.Unlock()
+	}
+}
+
+// Whatever a worker does in the place of an answer: the ServerApp is told, the worker is replaced, and the node's state is as it was.
+func TestWorkersThatFail(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		f    fakeWorker
+		ttl  float64
+		code []int
+		how  string
+	}{
+		{"ends", func(*conn, *frame, map[string]string) (*frame, bool) { return nil, false }, 100, []int{CodeCrashed}, "exit code 3 true"},
+		{"writes what is no frame", func(c *conn, _ *frame, _ map[string]string) (*frame, bool) {
+			_, err := c.c.Write([]byte("Segmentation fault"))
+			return nil, err == nil
+		}, 100, []int{CodeCrashed}, "does not speak"},
+		{"answers another message", func(c *conn, _ *frame, _ map[string]string) (*frame, bool) {
+			return nil, c.write(frame{head: head{T: tReply, ID: "other"}}) == nil
+		}, 100, []int{CodeCrashed}, `answered a message with "reply"`},
+		{"says ready again", func(c *conn, _ *frame, _ map[string]string) (*frame, bool) {
+			return nil, c.write(frame{head: head{T: tReady}}) == nil
+		}, 100, []int{CodeCrashed}, `answered a message with "ready"`},
+		{"names a pack that it does not send", func(*conn, *frame, map[string]string) (*frame, bool) {
+			return &frame{head: head{Pack: "c.9", Lens: []int64{1}}}, true
+		}, 100, []int{CodeCrashed}, "has not come"},
+		{"claims more than its pack has", func(*conn, *frame, map[string]string) (*frame, bool) {
+			return &frame{head: head{Pack: "c.9", Lens: []int64{1 << 40}, Fds: []string{"c.9"}}, files: []*os.File{memory(t, "short")}}, true
+		}, 100, []int{CodeCrashed}, "in a pack of 5"},
+		{"does not answer", func(*conn, *frame, map[string]string) (*frame, bool) { return nil, true }, 0.2, []int{CodeExpired, CodeCrashed}, "within the message's time"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var bad atomic.Bool
+			w := newWorld(t, 1, 1, 1, Warm, func(conn *conn, f *frame, packs map[string]string) (*frame, bool) {
+				if string(f.proto) == "bad" {
+					bad.Store(true)
+					return c.f(conn, f, packs)
+				}
+				return echo(conn, f, packs)
+			})
+			for i, text := range []string{"good", "bad", "good"} {
+				ttl := 100.0
+				if text == "bad" {
+					ttl = c.ttl
+				}
+				w.send(frame{head: head{T: tMsg, ID: fmt.Sprint(i), Node: w.nodes[0], TTL: ttl}, proto: []byte(text)})
+				f := w.next(tReply, tLost)
+				if text == "bad" {
+					if f.T != tLost || !slices.Contains(c.code, f.Code) || f.ID != "1" {
+						t.Errorf("the answer is %+v", f.head)
+					}
+					if how := <-w.deaths; !strings.Contains(how, c.how) {
+						t.Errorf("it is said to be gone for %q, want %q", how, c.how)
+					}
+				} else if want := fmt.Sprintf("good at 0 after %q", strings.Repeat(".", i/2)); string(f.proto) != want {
+					t.Errorf("message %d is answered %q, want %q", i, f.proto, want)
+				}
+			}
+			if !bad.Load() || w.starts.Load() != 2 {
+				t.Errorf("%d workers were started", w.starts.Load())
+			}
+			w.done()
+		})
+	}
+}
+
+// A worker that cannot even start is not started for ever.
+func TestWorkersThatNeverStart(t *testing.T) {
+	w := &world{t: t}
+	linked := make(chan struct{})
+	s := NewSite(SiteOptions{
+		Name: "a", Clients: 1, Workers: 1, Isolation: Warm, OnReady: func(Readiness) {}, OnDeath: func(string, bool) {},
+		Start: func(int) (Process, error) {
+			w.starts.Add(1)
+			return w.process(func(*conn) {}), nil
+		},
+	})
+	if err := s.Run(t.Context(), linked); err == nil || !strings.Contains(err.Error(), "ended 3 times before it was ready") || w.starts.Load() != maxDeaths {
+		t.Errorf("%v after %d starts", err, w.starts.Load())
+	}
+}
+
+// A message for a node that is gone, or goes before it has answered, is answered for; the ServerApp is told who is there.
+func TestSiteLeaves(t *testing.T) {
+	held := make(chan struct{})
+	w := newWorld(t, 2, 1, 1, Warm, func(c *conn, f *frame, packs map[string]string) (*frame, bool) {
+		if string(f.proto) == "hold" {
+			close(held)
+			return nil, true
+		}
+		return echo(c, f, packs)
+	})
+	w.send(frame{head: head{T: tMsg, ID: "a", Node: w.nodes[0], TTL: 100}, proto: []byte("hold")})
+	<-held
+	first := w.links[0]
+	if first.member.nodes[0] != w.nodes[0] {
+		first = w.links[1]
+	}
+	first.cut()
+	first.member.Leave()
+	var lost, nodes bool
+	for !lost || !nodes {
+		switch f := w.next(tLost, tNodes); {
+		case f.T == tLost && f.ID == "a" && f.Code == CodeNoNode:
+			lost = true
+		case f.T == tNodes && slices.Equal(f.Nodes, w.nodes[1:]):
+			nodes = true
+		default:
+			t.Fatalf("the ServerApp is told %+v", f.head)
+		}
+	}
+	w.send(frame{head: head{T: tMsg, ID: "b", Node: w.nodes[0], TTL: 100}})
+	if f := w.next(tLost); f.ID != "b" || f.Code != CodeNoNode {
+		t.Errorf("a message for a node that is gone: %+v", f.head)
+	}
+	w.send(frame{head: head{T: tMsg, ID: "c", Node: w.nodes[1], TTL: 100}, proto: []byte("x")})
+	if f := w.next(tReply); f.ID != "c" {
+		t.Errorf("%+v", f.head)
+	}
+	w.done()
+}
+
+// One node's messages are worked on one after the other, in their order, though there are workers for all.
+func TestOneMessageOfANodeAtATime(t *testing.T) {
+	var now, most atomic.Int32
+	w := newWorld(t, 1, 1, 3, Warm, func(c *conn, f *frame, packs map[string]string) (*frame, bool) {
+		if n := now.Add(1); n > most.Load() {
+			most.Store(n)
+		}
+		defer now.Add(-1)
+		return echo(c, f, packs)
+	})
+	const count = 50
+	for i := range count {
+		w.send(frame{head: head{T: tMsg, ID: fmt.Sprint(i), Node: w.nodes[0], TTL: 100}, proto: []byte("x")})
+	}
+	for i := range count {
+		if f := w.next(tReply); f.ID != fmt.Sprint(i) || !strings.HasSuffix(string(f.proto), fmt.Sprintf("%q", strings.Repeat(".", i))) {
+			t.Fatalf("answer %d: %s %s", i, f.ID, f.proto)
+		}
+	}
+	if most.Load() != 1 {
+		t.Errorf("%d messages of one node were worked on at a time", most.Load())
+	}
+	w.done()
+}
+
+// What the ServerApp's process must not say ends the run with a word about it, and not the hub.
+func TestServerThatSaysNonsense(t *testing.T) {
+	for _, f := range []frame{
+		{head: head{T: tReply, ID: "a"}},
+		{head: head{T: tMsg, ID: "", Node: 1}},
+		{head: head{T: tMsg, ID: "a", Pack: "s.7"}},
+		{head: head{T: tDrop, Pack: "s.7"}},
+		{head: head{T: tMsg, ID: "a", Pack: "s.1", Lens: []int64{100}, Fds: []string{"s.1"}}, files: []*os.File{memory(t, "x")}},
+	} {
+		w := newWorld(t, 1, 1, 1, Warm, echo)
+		if f.T == tMsg {
+			f.Node = w.nodes[0]
+		}
+		w.send(f)
+		if err := <-w.result; err == nil || !strings.Contains(err.Error(), "native engine's protocol") {
+			t.Errorf("%+v: %v", f.head, err)
+		}
+	}
+}

@@ -1,0 +1,303 @@
+package native
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"os"
+	"slices"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// chunk is how much of a pack is in this process's memory at a time: 16 of the link's frames, and little beside one stream's window.
+const chunk = 256 << 10
+
+var chunks = sync.Pool{New: func() any { return new([chunk]byte) }}
+
+// memFile makes a memory file. Its pages count as shared memory of whoever writes them first.
+func memFile(name string) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("memfd_create", err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// sizeOf gives how many bytes a pack's arrays have together, and refuses lengths that its file cannot have.
+func sizeOf(file *os.File, lens []int64) (int64, error) {
+	info, err := file.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if !info.Mode().IsRegular() {
+		return 0, errFrame("a pack that is no memory file")
+	}
+	var sum int64
+	for _, n := range lens {
+		if n < -1 || n > info.Size() {
+			return 0, errFrame("an array of %d bytes in a pack of %d", n, info.Size())
+		}
+		sum += max(n, 0)
+		if sum > info.Size() {
+			return 0, errFrame("arrays of more than the %d bytes of their pack", info.Size())
+		}
+	}
+	return sum, nil
+}
+
+// send writes the first size bytes of a pack.
+func send(w io.Writer, file *os.File, size int64) error {
+	buf := chunks.Get().(*[chunk]byte) //nolint:forcetypeassert // the pool has nothing else
+	defer chunks.Put(buf)
+	for at := int64(0); at < size; {
+		n, err := file.ReadAt(buf[:min(int64(chunk), size-at)], at)
+		if n == 0 {
+			return errors.Join(io.ErrUnexpectedEOF, err) // its writer has cut it
+		}
+		if _, err := w.Write(buf[:n]); err != nil {
+			return err
+		}
+		at += int64(n)
+	}
+	return nil
+}
+
+// receive writes the next size bytes of r into a pack's file.
+func receive(r io.Reader, file *os.File, size int64) error {
+	buf := chunks.Get().(*[chunk]byte) //nolint:forcetypeassert // the pool has nothing else
+	defer chunks.Put(buf)
+	for at := int64(0); at < size; {
+		n, err := r.Read(buf[:min(int64(chunk), size-at)])
+		if n > 0 {
+			if _, err := file.WriteAt(buf[:n], at); err != nil {
+				return err
+			}
+			at += int64(n)
+		}
+		if err != nil && at < size {
+			if errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return err
+		}
+	}
+	return nil
+}
+
+// same tells whether two packs hold the same first size bytes. Different models differ within the first chunk, so that a comparison
+// that finds nothing costs two reads; one that succeeds reads both packs once.
+func same(a, b *os.File, size int64) bool {
+	x := chunks.Get().(*[chunk]byte) //nolint:forcetypeassert // the pool has nothing else
+	y := chunks.Get().(*[chunk]byte) //nolint:forcetypeassert // the pool has nothing else
+	defer chunks.Put(x)
+	defer chunks.Put(y)
+	for at := int64(0); at < size; {
+		n := min(int64(chunk), size-at)
+		i, _ := a.ReadAt(x[:n], at) // what could not be read is not equal
+		j, _ := b.ReadAt(y[:n], at)
+		if int64(i) != n || int64(j) != n || !bytes.Equal(x[:n], y[:n]) {
+			return false
+		}
+		at += n
+	}
+	return true
+}
+
+// memFiles keeps files of packs that are done for the next ones: writing to pages that are there takes half the time of writing to new
+// ones. The zero value is ready.
+type memFiles struct {
+	mu   sync.Mutex // guards the rest
+	idle []*os.File
+	done bool
+}
+
+// maxIdle is how many are kept: a model on its way while the one before it is put away.
+const maxIdle = 2
+
+// get gives a file for a pack of size bytes. It may be longer.
+func (p *memFiles) get(name string, size int64) (*os.File, error) {
+	p.mu.Lock()
+	for i, f := range p.idle {
+		if info, err := f.Stat(); err == nil && info.Size() >= size && info.Size() <= 2*size {
+			p.idle = slices.Delete(p.idle, i, i+1)
+			p.mu.Unlock()
+			return f, nil
+		}
+	}
+	p.mu.Unlock()
+	f, err := memFile(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := f.Truncate(size); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// put takes a file that nobody reads or writes any more.
+func (p *memFiles) put(f *os.File) {
+	if f == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.done {
+		_ = f.Close()
+		return
+	}
+	p.idle = append(p.idle, f)
+	if len(p.idle) > maxIdle {
+		_ = p.idle[0].Close()
+		p.idle = slices.Delete(p.idle, 0, 1)
+	}
+}
+
+func (p *memFiles) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.done = true
+	closeFiles(p.idle)
+	p.idle = nil
+}
+
+// arrivals are packs that come over streams of their own, by name: a message that names one waits here for it.
+type arrivals struct {
+	files *memFiles
+
+	mu     sync.Mutex // guards the rest
+	packs  map[string]*arrival
+	closed bool
+}
+
+type arrival struct {
+	done chan struct{}
+	file *os.File // nil after done: it did not come
+	size int64
+}
+
+func newArrivals(files *memFiles) *arrivals {
+	return &arrivals{files: files, packs: map[string]*arrival{}}
+}
+
+func (a *arrivals) of(name string) *arrival {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p := a.packs[name]
+	if p == nil {
+		p = &arrival{done: make(chan struct{})}
+		if a.closed {
+			close(p.done)
+			return p
+		}
+		a.packs[name] = p
+	}
+	return p
+}
+
+// take reads a pack from its stream.
+func (a *arrivals) take(s io.Reader) error {
+	f, err := readFrame(s)
+	if err != nil {
+		return err
+	}
+	if f.T != tPack || f.Name == "" || f.Size < 0 {
+		return errFrame("a stream of a pack begins with %q", f.T)
+	}
+	file, err := a.files.get("pack", f.Size)
+	if err != nil {
+		return err
+	}
+	err = receive(s, file, f.Size)
+	p := a.of(f.Name)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	select {
+	case <-p.done: // twice, or too late
+		_ = file.Close()
+		return err
+	default:
+	}
+	if err != nil {
+		_ = file.Close()
+	} else {
+		p.file, p.size = file, f.Size
+	}
+	close(p.done)
+	return err
+}
+
+// wait gives a pack once it is there. It stays the arrivals'.
+func (a *arrivals) wait(ctx context.Context, name string) (*os.File, int64, error) {
+	p := a.of(name)
+	select {
+	case <-p.done:
+	case <-ctx.Done():
+		return nil, 0, context.Cause(ctx)
+	}
+	if p.file == nil {
+		return nil, 0, errFrame("the pack %s did not come", name)
+	}
+	return p.file, p.size, nil
+}
+
+// drop gives up a pack, and hands out its file if it has come.
+func (a *arrivals) drop(name string) *os.File {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	p := a.packs[name]
+	delete(a.packs, name)
+	if p == nil {
+		return nil
+	}
+	select {
+	case <-p.done:
+		return p.file
+	default:
+		close(p.done)
+		return nil
+	}
+}
+
+// close gives up all. Who waits is told.
+func (a *arrivals) close() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.closed = true
+	for name, p := range a.packs {
+		select {
+		case <-p.done:
+			closeFiles([]*os.File{p.file})
+		default:
+			close(p.done)
+		}
+		delete(a.packs, name)
+	}
+}
+
+// sendPack sends a pack over a stream of its own. When it returns, the link has all of it, and the file may be written to again.
+func sendPack(ctx context.Context, open OpenFunc, name string, file *os.File, size int64) error {
+	s, err := open(ctx, PackTarget)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
+	b, err := appendHead(&frame{head: head{T: tPack, Name: name, Size: size}})
+	if err != nil {
+		return err
+	}
+	if _, err = s.Write(b); err == nil {
+		err = send(s, file, size)
+	}
+	if err == nil {
+		err = s.CloseWrite()
+	}
+	if err != nil {
+		_ = s.Reset()
+	}
+	return err
+}
