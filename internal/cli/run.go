@@ -32,6 +32,8 @@ type runFlags struct {
 	sites                                              int
 	minSites                                           int
 	out, engine, flwr, python, listen, siteProxy, apps string
+	isolation                                          string
+	clients, workers                                   int
 	dials                                              map[string]string
 	runConfig, siteEnv                                 []string
 	deadline, noProgress, start, join                  string
@@ -73,7 +75,7 @@ Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 
 	fl.StringVar(&f.join, "join-wait", "", "how long to wait for the other sites once --min-sites are there (default 1m)")
 	fl.StringArrayVar(&f.runConfig, "run-config", nil, "override values of [tool.flwr.app.config]: key=value, or a TOML file (repeatable)")
 	fl.StringVar(&f.flwr, "flwr", "", "run with this version of flwr instead of the one that the app asks for")
-	fl.StringVar(&f.engine, "engine", "", "how the app runs: auto or flower (default auto)")
+	f.addEngine(c)
 	fl.StringVar(&f.python, "python", "", "use this interpreter and its packages as they are, build no environment")
 	fl.StringArrayVar(&f.siteEnv, "site-env", nil, "variable for the programs at each site: NAME=value (repeatable)")
 	fl.StringVar(&f.deadline, "deadline", "", "end the job when it takes longer than this, for example 30m")
@@ -90,7 +92,6 @@ Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 
 	fl.BoolVar(&f.json, "json", false, "one JSON object per event on stdout, the last one the summary")
 	fl.BoolVarP(&f.quiet, "quiet", "q", false, "show no log lines of the programs")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show Pergola's own log lines, too")
-	must(c.RegisterFlagCompletionFunc("engine", cobra.FixedCompletions(engines, cobra.ShellCompDirectiveNoFileComp)))
 	must(c.MarkFlagDirname("out"))
 	return c
 }
@@ -102,8 +103,33 @@ func must(err error) {
 	}
 }
 
-// engines are the values of --engine.
-var engines = []string{"auto", localrun.Engine}
+// addEngine adds the flags about how the app runs.
+func (f *runFlags) addEngine(c *cobra.Command) {
+	fl := c.Flags()
+	fl.StringVar(&f.engine, "engine", "", "how the app runs: native, flower (its own programs), or auto (default auto: native where that is known to do the same)")
+	fl.StringVar(&f.isolation, "isolation", "", "native engine: what a message may see of the one before: warm, fork, process or auto (default auto: as in plain Flower)")
+	fl.IntVar(&f.clients, "clients", 0, "native engine: so many clients, spread over the sites (default one at each)")
+	fl.IntVar(&f.workers, "workers", 0, "native engine: processes that work at the same time at each site (default as many as processors)")
+	must(c.RegisterFlagCompletionFunc("engine", cobra.FixedCompletions(job.Engines, cobra.ShellCompDirectiveNoFileComp)))
+	must(c.RegisterFlagCompletionFunc("isolation", cobra.FixedCompletions(job.Isolations, cobra.ShellCompDirectiveNoFileComp)))
+}
+
+// checkEngine refuses values that no job can have.
+func (f *runFlags) checkEngine() error {
+	if f.engine != "" && !slices.Contains(job.Engines, f.engine) {
+		return problem.New(problem.Usage, "use "+strings.Join(job.Engines, ", "), "--engine %q is unknown%s", f.engine, problem.DidYouMean(f.engine, job.Engines))
+	}
+	if f.isolation != "" && !slices.Contains(job.Isolations, f.isolation) {
+		return problem.New(problem.Usage, "use "+strings.Join(job.Isolations, ", "), "--isolation %q is unknown%s", f.isolation, problem.DidYouMean(f.isolation, job.Isolations))
+	}
+	if f.clients < 0 || f.clients > job.MaxClients {
+		return problem.New(problem.Usage, "choose 1 to "+strconv.Itoa(job.MaxClients), "--clients %d is out of range", f.clients)
+	}
+	if f.workers < 0 {
+		return problem.New(problem.Usage, "choose 1 or more", "--workers %d is out of range", f.workers)
+	}
+	return nil
+}
 
 // checkListen refuses what cannot be listened on, before the hub has to.
 func checkListen(addr string) error {
@@ -174,11 +200,8 @@ func (f *runFlags) options(app string) (localrun.Options, error) {
 	if f.minSites < 0 || f.minSites > f.sites {
 		return o, problem.New(problem.Usage, "choose 1 to the number of --sites", "--min-sites %d does not fit %d sites", f.minSites, f.sites)
 	}
-	if f.engine == "native" {
-		return o, problem.New(problem.Usage, "use auto or flower", "this version has no native engine")
-	}
-	if f.engine != "" && !slices.Contains(engines, f.engine) {
-		return o, problem.New(problem.Usage, "use auto or flower", "--engine %q is unknown%s", f.engine, problem.DidYouMean(f.engine, engines))
+	if err := f.checkEngine(); err != nil {
+		return o, err
 	}
 	if err := checkListen(f.listen); err != nil {
 		return o, err
@@ -200,7 +223,7 @@ func (f *runFlags) options(app string) (localrun.Options, error) {
 		}
 		o.Python = abs
 	}
-	o.Spec = job.Spec{Engine: f.engine, MinSites: f.minSites, MandatorySites: f.mandatory, Flwr: f.flwr, RunConfig: f.runConfig}
+	o.Spec = job.Spec{Engine: f.engine, Isolation: f.isolation, Clients: f.clients, Workers: f.workers, MinSites: f.minSites, MandatorySites: f.mandatory, Flwr: f.flwr, RunConfig: f.runConfig}
 	if f.strictSet {
 		o.StrictClients = &f.strict
 	}
@@ -295,7 +318,7 @@ func (f *runFlags) fail(e env, app string, err error) error {
 // failJSON is the only line of a run that was not tried.
 func failJSON(e env, app string, err error) error {
 	m := &machine{w: json.NewEncoder(e.stdout)}
-	return errOf(m.summary(localrun.Summary{App: app, State: job.Failed, Cause: problem.From(err).Told(), Engine: localrun.Engine}), err)
+	return errOf(m.summary(localrun.Summary{App: app, State: job.Failed, Cause: problem.From(err).Told(), Engine: job.EngineAuto}), err)
 }
 
 func errOf(printing, err error) error {
@@ -452,12 +475,30 @@ func (p *people) event(e localrun.Event) {
 		if e.Decode(&l) == nil && !l.Since.IsZero() {
 			p.say("site %s unreachable since %s; its programs go on, and the job waits for it", l.Site, l.Since.Local().Format(time.TimeOnly))
 		}
+	case job.KindEngine:
+		var c job.EngineChoice
+		if e.Decode(&c) == nil {
+			p.say("%s", engineLine(c))
+		}
 	case job.KindNote:
 		var t job.Text
 		if e.Decode(&t) == nil && e.Party == "" {
 			p.say("%s", t.Message)
 		}
 	}
+}
+
+// engineLine says how the app runs, and why.
+func engineLine(c job.EngineChoice) string {
+	text := "engine " + c.Engine
+	if c.Engine == job.EngineFlower {
+		text += " (Flower's own programs)"
+	}
+	text += ", flwr " + c.Flwr
+	if c.Python != "" {
+		text += " on Python " + c.Python
+	}
+	return text + ": " + c.Why
 }
 
 func failureLine(party string, c job.ClientFailure) string {
@@ -518,6 +559,9 @@ func printSummary(w io.Writer, s localrun.Summary) error {
 	fmt.Fprintf(tw, "\napp\t%s\n", s.App)
 	if s.Flwr != "" {
 		fmt.Fprintf(tw, "engine\t%s, flwr %s\n", s.Engine, s.Flwr)
+		if s.Why != "" {
+			fmt.Fprintf(tw, "\t%s\n", s.Why)
+		}
 	}
 	fmt.Fprintf(tw, "sites\t%s\n", strings.Join(s.Sites, ", "))
 	fmt.Fprintf(tw, "state\t%s\n", s.State)

@@ -64,7 +64,7 @@ Exit status: 0 submitted, with --wait succeeded · 1 failed · 2 usage · 3 abor
 	fl.StringVar(&f.join, "join-wait", "", "how long to wait for the other sites once --min-sites are there (default 1m)")
 	fl.StringArrayVar(&f.runConfig, "run-config", nil, "override values of [tool.flwr.app.config]: key=value, or a TOML file (repeatable)")
 	fl.StringVar(&f.flwr, "flwr", "", "run with this version of flwr instead of the one that the app asks for")
-	fl.StringVar(&f.engine, "engine", "", "how the app runs: auto or flower (default auto)")
+	f.addEngine(c)
 	fl.StringArrayVar(&f.siteEnv, "site-env", nil, "variable for the programs at each site: NAME=value (repeatable)")
 	fl.StringVar(&f.deadline, "deadline", "", "end the job when it takes longer than this, for example 30m")
 	fl.StringVar(&f.noProgress, "no-progress", "", "end the job when nothing moves for this long (default 1h)")
@@ -74,7 +74,6 @@ Exit status: 0 submitted, with --wait succeeded · 1 failed · 2 usage · 3 abor
 	fl.BoolVar(&f.json, "json", false, "the job as JSON; with --wait one JSON object per event, the last one the summary")
 	fl.BoolVarP(&f.quiet, "quiet", "q", false, "with --wait: show no log lines of the programs")
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "with --wait: show what installers say, too")
-	must(c.RegisterFlagCompletionFunc("engine", cobra.FixedCompletions(engines, cobra.ShellCompDirectiveNoFileComp)))
 	must(c.RegisterFlagCompletionFunc("sites", completeSites))
 	must(c.RegisterFlagCompletionFunc("mandatory-site", completeSites))
 	return c
@@ -104,7 +103,7 @@ func (f *submitFlags) submit(ctx context.Context, e env, arg string) error {
 		end()
 		return f.submitted(e, j)
 	}
-	sum := localrun.Summary{Job: job.ID(j.GetId()), App: app.Name, Flwr: app.Flwr, Engine: localrun.Engine, State: job.State(j.GetState())}
+	sum := localrun.Summary{Job: job.ID(j.GetId()), App: app.Name, Flwr: app.Flwr, Engine: app.Spec.Engine, Why: app.Spec.EngineWhy, State: job.State(j.GetState())}
 	return f.watch(ctx, e, c, sum, show, end)
 }
 

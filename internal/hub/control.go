@@ -338,6 +338,9 @@ func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *de
 		return c.hub.stop(ctx, j, problem.New(problem.Deadline, "give it more with --deadline, or find out what takes so long", "the job was not finished within its deadline of %s", j.Spec.Deadline))
 	}
 	hub := hubParty(ps)
+	if cause := refusal(j, ps); cause != nil {
+		return c.fallBack(ctx, j, ps, cause, due.wall)
+	}
 	if hub.State == job.PartyFailed {
 		cause := causeOf(hub)
 		if cause.Code == problem.HubRunnerDied && hub.Attempt < j.Spec.RestartsFor(job.HubParty) {
@@ -499,6 +502,35 @@ func (c *control) mayReturn(p job.Party, cause *job.Cause, due *deadlines) bool 
 	return due.passed(c.when(p.Updated), min(returnPause<<min(p.Attempt-1, 20), maxReturnPause))
 }
 
+// refusal gives the cause of a party at which the native engine does not work, if the job may run on the other.
+func refusal(j job.Job, ps []job.Party) *job.Cause {
+	if !j.Spec.EngineAuto {
+		return nil
+	}
+	for _, p := range ps {
+		if p.State == job.PartyFailed && p.Cause != nil && p.Cause.Code == problem.NativeUnavailable {
+			return causeOf(p)
+		}
+	}
+	return nil
+}
+
+// fallBack begins the job anew on Flower's own programs. It goes on where a hub that ended meanwhile has left off.
+func (c *control) fallBack(ctx context.Context, j job.Job, ps []job.Party, cause *job.Cause, now time.Time) error {
+	hub := hubParty(ps)
+	if !hub.State.Terminal() && c.runner != nil {
+		c.tell(pb.Desired_DESIRED_KILL, 0) // its end is an event, at which this is looked at again
+		return nil
+	}
+	if j.Spec.Engine != job.EngineFlower {
+		return c.hub.db.SetEngine(ctx, j.ID, job.EngineChoice{Engine: job.EngineFlower, Flwr: j.Spec.FlwrVersion, Why: cause.Msg}, now)
+	}
+	if err := c.once(ctx, j, hub, begins, cause.Msg+"; the job begins anew on Flower's own programs"); err != nil {
+		return err
+	}
+	return c.anew(ctx, j, ps, "the job begins anew on another engine", now)
+}
+
 // again begins the whole job anew after the hub's runner died.
 func (c *control) again(ctx context.Context, j job.Job, ps []job.Party, cause *job.Cause, now time.Time) error {
 	hub := hubParty(ps)
@@ -506,12 +538,18 @@ func (c *control) again(ctx context.Context, j job.Job, ps []job.Party, cause *j
 	if err := c.once(ctx, j, hub, begins, text); err != nil {
 		return err
 	}
+	return c.anew(ctx, j, ps, "the hub's side begins anew", now)
+}
+
+// anew begins a new attempt of every party.
+func (c *control) anew(ctx context.Context, j job.Job, ps []job.Party, why string, now time.Time) error {
+	hub := hubParty(ps)
 	// The hub's party last: as long as it has failed, this goes on.
 	for _, p := range append(slices.Clone(ps[1:]), hub) {
 		if p.State == job.PartyAbsent {
 			continue // it has not begun
 		}
-		if err := ignoreMoved(c.hub.db.Again(ctx, j.ID, p.Name, "the hub's side begins anew", now)); err != nil {
+		if err := ignoreMoved(c.hub.db.Again(ctx, j.ID, p.Name, why, now)); err != nil {
 			return err
 		}
 	}

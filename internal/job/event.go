@@ -34,6 +34,8 @@ const (
 	KindProgress       = "progress"        // Text: a sign that the work moves, a few times a minute at most
 	KindNote           = "note"            // Text
 	KindLink           = "link"            // Link
+	KindClientMetrics  = "client-metrics"  // ClientMetrics
+	KindEngine         = "engine"          // EngineChoice
 )
 
 // JobState is the body of job-state. Only the store writes it, in the transaction of the move.
@@ -159,6 +161,55 @@ type Link struct {
 	Resumes     int64     `json:"resumes"`        // outages that ended with the same session
 	ResentBytes int64     `json:"resent_bytes"`   // of both directions
 	DownSeconds float64   `json:"down_seconds"`   // all outages together
+}
+
+// ClientMetrics is the body of client-metrics: what one site's replies of one round and phase had in them, without a word of the app's
+// about it. Of the native engine only.
+type ClientMetrics struct {
+	Site    string          `json:"site"`
+	Round   int             `json:"round,omitempty"` // 0 where neither message nor reply says
+	Phase   string          `json:"phase"`           // "train", "evaluate", "query", or the app's own type of message
+	Replies int             `json:"replies"`
+	Errors  int             `json:"errors,omitempty"` // of these: error replies, and messages to which none came
+	Values  map[string]Stat `json:"values,omitempty"` // by the names of the replies' metric records, num_examples and loss among them
+
+	SentBytes     int64   `json:"sent_bytes"`     // of the messages, the model counted with each though it goes once to a site
+	ReceivedBytes int64   `json:"received_bytes"` // of the replies
+	Seconds       Stat    `json:"seconds"`        // from a message's leaving the ServerApp to its reply
+	WorkSeconds   float64 `json:"work_seconds"`   // of the workers, together
+}
+
+// EngineChoice is the body of engine: how the job runs, and why. A later one takes the place of the one before.
+type EngineChoice struct {
+	Engine string `json:"engine"`
+	Flwr   string `json:"flwr,omitempty"`
+	Python string `json:"python,omitempty"`
+	Why    string `json:"why"`
+}
+
+// Stat sums up what several clients said; of one client, it is exact. NaN and infinities are strings, as in Values.
+type Stat struct {
+	Count          int
+	Mean, Min, Max float64
+}
+
+// MarshalJSON writes {"count", "mean", "min", "max"}.
+func (s Stat) MarshalJSON() ([]byte, error) {
+	b, err := json.Marshal(Values{"mean": s.Mean, "min": s.Min, "max": s.Max})
+	if err != nil {
+		return nil, err
+	}
+	return append([]byte(`{"count":`+strconv.Itoa(s.Count)+","), b[1:]...), nil
+}
+
+// UnmarshalJSON reads what MarshalJSON writes.
+func (s *Stat) UnmarshalJSON(b []byte) error {
+	var v Values
+	if err := json.Unmarshal(b, &v); err != nil {
+		return err
+	}
+	*s = Stat{Count: int(v["count"]), Mean: v["mean"], Min: v["min"], Max: v["max"]}
+	return nil
 }
 
 // NewEvent makes an event with body as its JSON (nil = none). It fails only where body cannot be

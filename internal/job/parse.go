@@ -193,6 +193,15 @@ func (p *specReader) value(key []string, v any, dst reflect.Value) {
 		} else {
 			dst.SetInt(i)
 		}
+	case float64:
+		switch n := v.(type) {
+		case float64:
+			dst.SetFloat(n)
+		case int64:
+			dst.SetFloat(float64(n))
+		default:
+			wrong("a number", "write it without quotes")
+		}
 	case bool:
 		if b, ok := v.(bool); ok {
 			dst.SetBool(b)

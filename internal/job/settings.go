@@ -12,7 +12,11 @@ type Setting struct {
 
 // Settings has every key of [tool.pergola] exactly once, in the order of the documentation.
 var Settings = []Setting{
-	{"engine", "string", `"auto"`, "--engine", "how the app runs: `auto` or `flower`", ""},
+	{"engine", "string", `"auto"`, "--engine", "how the app runs: `native`, `flower` (its own programs), or `auto`: native where that is known to do the same ([more](native-engine.md))", ""},
+	{"isolation", "string", `"auto"`, "--isolation", "native engine: what one message may see of the one before: `warm` (one process), `fork` (a child for each), `process` (a new one for each); `auto`: as plain Flower of that version", ""},
+	{"workers", "whole number", "as many as processors, clients at most", "--workers", "native engine: processes with the client app at each site", ""},
+	{"clients", "whole number", "one at each site", "--clients", "native engine: clients of all sites together, each with its own node config and state", ""},
+	{"gpus-per-worker", "number", "1", "", "native engine: devices of each worker, of those that the site gives the job; `0.5`: two workers share one", ""},
 	{"sites", "list of strings", "all that may", "", "the job's sites, by name; their order gives `partition-id`", "`deploy_map`"},
 	{"min-sites", "whole number", "all wanted sites", "--min-sites", "with this many the job starts, and goes on when others are late or gone ([below](#which-sites-a-job-needs))", "`min_clients` (1)"},
 	{"mandatory-sites", "list of strings", "none", "--mandatory-site", "sites without which the job neither starts nor goes on, whatever `min-sites` says", "`mandatory_clients`"},

@@ -29,7 +29,7 @@ func keysOf(t reflect.Type, at string, out map[string]string) {
 			keysOf(f.Type, at+name+".", out)
 		default:
 			out[at+name] = map[string]string{
-				"string": "string", "int": "whole number", "bool": "boolean", "[]string": "list of strings", "map[string]string": "table of strings",
+				"string": "string", "int": "whole number", "float64": "number", "bool": "boolean", "[]string": "list of strings", "map[string]string": "table of strings",
 			}[f.Type.String()]
 		}
 	}

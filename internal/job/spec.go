@@ -26,9 +26,6 @@ const (
 	DefaultStopGrace       = Duration(2 * time.Second) // the reference system's superlink_grace_period
 )
 
-// Engines are the ways to run an app.
-var Engines = []string{"auto", "native", "flower"}
-
 // Spec says what a job wants. The part with TOML names comes from [tool.pergola] of the app's
 // pyproject.toml and from flags; the rest is found out by whoever submits.
 type Spec struct {
@@ -38,6 +35,16 @@ type Spec struct {
 
 	MandatorySites []string `json:"mandatory-sites,omitempty" toml:"mandatory-sites"` // those without which it neither starts nor goes on
 	StrictClients  bool     `json:"strict-clients,omitempty" toml:"strict-clients"`   // any site that fails ends the job, whatever min-sites says
+
+	// How the native engine works; see IsolationFor and ClientsAt.
+	Isolation     string  `json:"isolation,omitempty" toml:"isolation"`
+	Workers       int     `json:"workers,omitempty" toml:"workers"`                 // processes at each site; 0 = as many as it has processors
+	Clients       int     `json:"clients,omitempty" toml:"clients"`                 // of all sites together; 0 = one at each
+	GPUsPerWorker float64 `json:"gpus-per-worker,omitempty" toml:"gpus-per-worker"` // 0 = 1
+
+	// Set by ChooseEngine, which leaves no "auto" in Engine.
+	EngineAuto bool   `json:"engine-auto,omitempty" toml:"-"` // nobody asked for this one: another may take its place
+	EngineWhy  string `json:"engine-why,omitempty" toml:"-"`
 
 	Priority int `json:"priority,omitempty" toml:"-"` // higher is taken first
 
@@ -235,6 +242,7 @@ func (s Spec) faults() []fault {
 		add(fmt.Sprintf("there is no engine %q", s.Engine)+problem.DidYouMean(s.Engine, Engines),
 			"choose one of "+strings.Join(Engines, ", "), "engine")
 	}
+	s.nativeFaults(add)
 	seen := map[string]bool{}
 	for _, name := range s.Sites {
 		msg, next := nameFault("site", name)

@@ -57,7 +57,7 @@ func TestParseSpecReadsTheWholeTable(t *testing.T) {
 	}
 }
 
-const topKeys = "deadline, engine, exclude, flower-installs, join-wait, mandatory-sites, min-sites, no-progress, outage-tolerance, run-config, server, site, sites, start-timeout, strict-clients, wait-timeout"
+const topKeys = "clients, deadline, engine, exclude, flower-installs, gpus-per-worker, isolation, join-wait, mandatory-sites, min-sites, no-progress, outage-tolerance, run-config, server, site, sites, start-timeout, strict-clients, wait-timeout, workers"
 
 // The server app's arguments may be one string, which is cut into words as a shell would, without one.
 func TestArgsAsString(t *testing.T) {

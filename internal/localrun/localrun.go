@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"time"
@@ -73,10 +74,12 @@ type Summary struct {
 	Cause    *job.Cause          `json:"cause,omitempty"`
 	Seconds  float64             `json:"duration_seconds"`
 	Flwr     string              `json:"flwr,omitempty"`
-	Engine   string              `json:"engine"`
+	Engine   string              `json:"engine"`               // "auto" as long as none is chosen
+	Why      string              `json:"engine_why,omitempty"` // why that one
 	Sites    []string            `json:"sites"`
 	Out      string              `json:"out,omitempty"`
 	Rounds   []RoundMetrics      `json:"rounds,omitempty"`
+	Clients  []job.ClientMetrics `json:"client_metrics,omitempty"` // by round, phase and site; native engine
 	Failures []job.ClientFailure `json:"client_failures,omitempty"`
 	FailedAt []string            `json:"client_failures_at,omitempty"` // the parties, in the order of Failures
 	Warnings []string            `json:"warnings,omitempty"`
@@ -96,9 +99,6 @@ const MaxSites = 64
 
 // minSites is how many there are if nothing says anything.
 const minSites = 2
-
-// Engine is the one that runs apps.
-const Engine = "flower"
 
 // run is one `pergola run`.
 type run struct {
@@ -123,7 +123,7 @@ type run struct {
 func Run(ctx context.Context, opt Options) (Summary, error) {
 	r := &run{opt: opt, began: time.Now(), cache: pyenv.DefaultCache()}
 	r.dir = opt.App
-	r.summary = Summary{App: filepath.Base(opt.App), State: job.Failed, Engine: Engine}
+	r.summary = Summary{App: filepath.Base(opt.App), State: job.Failed, Engine: job.EngineAuto}
 	err := r.run(ctx)
 	switch {
 	case r.settled && r.summary.Cause == nil:
@@ -259,16 +259,17 @@ func (r *run) look() error {
 
 // makeLock decides on the versions of everything that the app imports.
 func (r *run) makeLock(ctx context.Context) error {
-	python, err := r.app.Resolve(ctx, prepare.Resolving{Cache: r.cache, Python: r.opt.Python, Fresh: r.opt.Relock, Tell: r.emit})
+	_, err := r.app.Resolve(ctx, prepare.Resolving{Cache: r.cache, Python: r.opt.Python, Fresh: r.opt.Relock, Tell: r.emit})
 	r.summary.Flwr = r.app.Flwr
 	if err != nil {
 		return err
 	}
 	if r.opt.Python != "" {
 		r.note("using %s as it is, with flwr %s", r.opt.Python, r.app.Flwr)
-		return nil
 	}
-	r.note("engine %s: Flower's own programs, flwr %s on Python %s", Engine, r.app.Flwr, python)
+	if r.app.Spec.Workers == 0 { // the sites share one machine here
+		r.app.Spec.Workers = max(1, runtime.NumCPU()/len(r.names))
+	}
 	return nil
 }
 

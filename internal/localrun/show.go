@@ -47,6 +47,16 @@ func (s *Summary) Take(e job.Event) {
 				s.Cause = c.Cause
 			}
 		}
+	case job.KindEngine:
+		var c job.EngineChoice
+		if e.Decode(&c) == nil {
+			s.Engine, s.Why = c.Engine, c.Why
+		}
+	case job.KindClientMetrics:
+		var m job.ClientMetrics
+		if e.Decode(&m) == nil {
+			s.Clients = append(s.Clients, m)
+		}
 	case job.KindMetrics:
 		var m job.Metrics
 		if e.Decode(&m) == nil {

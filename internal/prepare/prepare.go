@@ -20,7 +20,6 @@ import (
 	"github.com/pergolafl/pergola/internal/bundle"
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/job"
-	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/pyenv"
 )
 
@@ -63,6 +62,15 @@ func Look(dir string, f Flags) (*App, error) {
 			*d.to = *d.from
 		}
 	}
+	if f.Spec.Isolation != "" {
+		spec.Isolation = f.Spec.Isolation
+	}
+	if f.Spec.Workers != 0 {
+		spec.Workers = f.Spec.Workers
+	}
+	if f.Spec.Clients != 0 {
+		spec.Clients = f.Spec.Clients
+	}
 	if f.Spec.MinSites != 0 {
 		spec.MinSites = f.Spec.MinSites
 	}
@@ -103,9 +111,6 @@ func (a *App) Settle() error {
 	if err := a.Spec.Validate(); err != nil {
 		return err
 	}
-	if a.Spec.Engine == "native" {
-		return problem.New(problem.Usage, "use --engine flower, or leave it out", "this version has no native engine")
-	}
 	a.Spec = a.Spec.WithDefaults()
 	return nil
 }
@@ -134,7 +139,7 @@ func (a *App) Resolve(ctx context.Context, r Resolving) (python string, err erro
 			return "", err
 		}
 		a.Flwr = env.Flwr
-		return "", a.runnable()
+		return "", a.runnable("", tell)
 	}
 	in, err := pyenv.Find(ctx, "")
 	if err != nil {
@@ -145,19 +150,26 @@ func (a *App) Resolve(ctx context.Context, r Resolving) (python string, err erro
 		return "", err
 	}
 	a.Flwr = a.Lock.Flwr
-	if err := a.runnable(); err != nil {
+	if err := a.runnable(a.Lock.Python, tell); err != nil {
 		return "", err
 	}
 	a.Spec.FlwrVersion, a.Spec.PythonVersion = a.Lock.Flwr, a.Lock.Python
 	return in.Version, nil
 }
 
-// runnable refuses a version of Flower that cannot run the job, before anything starts.
-func (a *App) runnable() error {
+// runnable refuses a version of Flower that cannot run the job, before anything starts, and decides on the engine.
+func (a *App) runnable(python string, tell func(string, any)) error {
 	if err := flower.Supported(a.Flwr); err != nil {
 		return err
 	}
-	return flower.TakesConfig(a.Flwr, a.Spec.RunConfig)
+	if err := flower.TakesConfig(a.Flwr, a.Spec.RunConfig); err != nil {
+		return err
+	}
+	if err := a.Spec.ChooseEngine(a.Flwr); err != nil {
+		return err
+	}
+	tell(job.KindEngine, job.EngineChoice{Engine: a.Spec.Engine, Flwr: a.Flwr, Python: python, Why: a.Spec.EngineWhy})
+	return nil
 }
 
 // Pack makes the bundle of app, lock and settings.

@@ -51,6 +51,7 @@ const (
 	HubLost           Code = "hub-lost"           // the hub itself went away for good
 	OutOfMemory       Code = "out-of-memory"      // the kernel ended a program for want of memory
 	DiskFull          Code = "disk-full"          // no space where the job writes
+	NativeUnavailable Code = "native-unavailable" // the native engine does not work in the party's environment
 	BundleInvalid     Code = "bundle-invalid"     // the bundle is damaged, or not what was announced
 )
 

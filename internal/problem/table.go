@@ -49,6 +49,7 @@ var Codes = map[Code]Meaning{
 	HubLost:           {ExitHubUnreachable, 503, true},
 	OutOfMemory:       {ExitFailed, 500, true},
 	DiskFull:          {ExitFailed, 507, true},
+	NativeUnavailable: {ExitFailed, 500, true},
 	BundleInvalid:     {ExitFailed, 400, true},
 	Internal:          {ExitFailed, 500, true},
 }

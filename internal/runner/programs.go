@@ -39,6 +39,7 @@ const (
 type prepared struct {
 	app     *flower.App
 	inst    *flower.Installation
+	probe   string // what answers about this environment are kept under
 	dir     string // the staged app
 	home    string // FLWR_HOME
 	ip      string // this party's own loopback address
@@ -61,15 +62,8 @@ func (r *runner) prepare(ctx context.Context) (*prepared, error) {
 	if err != nil {
 		return nil, err
 	}
-	probes := filepath.Join(r.spec.Cache, "probes")
-	if err := os.MkdirAll(probes, 0o700); err != nil {
-		return nil, err
-	}
-	inst, err := flower.Probe(ctx, flower.Env{Bin: env.Bin, Python: env.Python}, filepath.Join(probes, probeName(env)))
+	inst, err := r.probe(ctx, env)
 	if err != nil {
-		return nil, err
-	}
-	if err := inst.Check(r.spec.IsHub(), len(r.spec.Spec.Server.Args) > 0); err != nil {
 		return nil, err
 	}
 	app, source, err := r.source(app, contents.AppDir, inst)
@@ -79,7 +73,7 @@ func (r *runner) prepare(ctx context.Context) (*prepared, error) {
 	if inst.Warning != "" {
 		r.note(job.KindWarning, job.Text{Message: inst.Warning})
 	}
-	p := &prepared{app: app, inst: inst, dir: filepath.Join(r.dir, "app"), home: filepath.Join(r.dir, "flwr")}
+	p := &prepared{app: app, inst: inst, probe: probeName(env), dir: filepath.Join(r.dir, "app"), home: filepath.Join(r.dir, "flwr")}
 	if err := os.MkdirAll(p.home, 0o700); err != nil {
 		return nil, err
 	}
@@ -111,6 +105,23 @@ func (r *runner) prepare(ctx context.Context) (*prepared, error) {
 		return nil, errors.Join(err, p.claim.Close())
 	}
 	return p, nil
+}
+
+// probe finds out what the environment's Flower is and, where its programs run, what they understand.
+func (r *runner) probe(ctx context.Context, env pyenv.Env) (*flower.Installation, error) {
+	names := flower.Env{Bin: env.Bin, Python: env.Python}
+	if r.native() {
+		return flower.Installed(ctx, names)
+	}
+	probes := filepath.Join(r.spec.Cache, "probes")
+	if err := os.MkdirAll(probes, 0o700); err != nil {
+		return nil, err
+	}
+	inst, err := flower.Probe(ctx, names, filepath.Join(probes, probeName(env)))
+	if err != nil {
+		return nil, err
+	}
+	return inst, inst.Check(r.spec.IsHub(), len(r.spec.Spec.Server.Args) > 0)
 }
 
 func probeName(env pyenv.Env) string {
@@ -203,16 +214,21 @@ func claimAddress(ctx context.Context) (string, net.Listener, error) {
 	return "", nil, problem.Wrap(last, problem.StartTimeout, "free some loopback addresses below 127.64.0.0/10", "no loopback address could be taken for the job's programs")
 }
 
-// hub runs the superlink and the server app.
-func (r *runner) hub(ctx context.Context) error {
-	g, gctx := errgroup.WithContext(ctx)
-	told := &outages{note: r.note}
-	acceptor := link.NewAcceptor(link.Options{Log: r.log, Tolerance: r.tolerance(), OnCut: told.began, OnOutage: told.over, Allow: func(p link.Peer) error {
+// acceptor takes the sites' links.
+func (r *runner) acceptor(told *outages) *link.Acceptor {
+	return link.NewAcceptor(link.Options{Log: r.log, Tolerance: r.tolerance(), OnCut: told.began, OnOutage: told.over, Allow: func(p link.Peer) error {
 		if p.Job != string(r.spec.Job) {
 			return problem.New(problem.Denied, "", "a link of job %s was sent to job %s", p.Job, r.spec.Job)
 		}
 		return nil
 	}})
+}
+
+// hub runs the superlink and the server app.
+func (r *runner) hub(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	told := &outages{note: r.note}
+	acceptor := r.acceptor(told)
 	ln, err := sock.Listen(LinkSocket(r.dir))
 	if err != nil {
 		return err
@@ -228,7 +244,7 @@ func (r *runner) hub(ctx context.Context) error {
 	g.Go(gate.Serve)
 	g.Go(func() error {
 		defer gate.Close()
-		return ignoreDone(linked, r.links(linked, acceptor, gate, told))
+		return ignoreDone(linked, r.links(linked, acceptor, told, func(ctx context.Context, s *link.Session) error { return r.fleet(ctx, s, gate) }))
 	})
 	g.Go(func() (err error) {
 		defer unlink()
@@ -334,8 +350,8 @@ func (r *runner) tolerance() time.Duration {
 	return time.Duration(r.spec.Spec.OutageTolerance.Or(job.DefaultOutageTolerance))
 }
 
-// links serves each site's session until ctx is done.
-func (r *runner) links(ctx context.Context, a *link.Acceptor, gate *fleet.Gate, told *outages) error {
+// links has each site's session served until ctx is done.
+func (r *runner) links(ctx context.Context, a *link.Acceptor, told *outages, serve func(context.Context, *link.Session) error) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	var open sessions
@@ -350,24 +366,32 @@ func (r *runner) links(ctx context.Context, a *link.Acceptor, gate *fleet.Gate, 
 		wg.Go(func() {
 			defer open.remove(s)
 			defer s.Close()
-			site := s.Peer().Site
-			err := relay.Serve(ctx, s.Accept, func(ctx context.Context, target string) (net.Conn, error) {
-				switch target {
-				case fleetAPI:
-					return gate.Dial(site)
-				case fleetGone:
-					r.expire(ctx, gate, site)
-					return nil, errGone
-				}
-				return nil, fmt.Errorf("no target is called %q", target)
-			})
+			err := serve(ctx, s)
 			told.ended(s.Peer(), s.Stats(), time.Now())
 			if err != nil && ctx.Err() == nil {
-				r.log.Info("a site's link has ended", "site", site, "err", err)
-				r.expire(ctx, gate, site)
+				r.log.Info("a site's link has ended", "site", s.Peer().Site, "err", err)
 			}
 		})
 	}
+}
+
+// fleet passes a site's calls of the Fleet API on, until its link ends; its node is dead then.
+func (r *runner) fleet(ctx context.Context, s *link.Session, gate *fleet.Gate) error {
+	site := s.Peer().Site
+	err := relay.Serve(ctx, s.Accept, func(ctx context.Context, target string) (net.Conn, error) {
+		switch target {
+		case fleetAPI:
+			return gate.Dial(site)
+		case fleetGone:
+			r.expire(ctx, gate, site)
+			return nil, errGone
+		}
+		return nil, fmt.Errorf("no target is called %q", target)
+	})
+	if err != nil && ctx.Err() == nil {
+		r.expire(ctx, gate, site)
+	}
+	return err
 }
 
 // errGone ends the stream on which a site says that its supernode is dead.

@@ -165,9 +165,14 @@ func (r *runner) obey(leash, done <-chan struct{}) {
 func (r *runner) party(ctx context.Context) *problem.Error {
 	r.move(job.PartyPreparing, nil)
 	var err error
-	if r.spec.IsHub() {
+	switch {
+	case r.spec.IsHub() && r.native():
+		err = r.nativeHub(ctx)
+	case r.spec.IsHub():
 		err = r.hub(ctx)
-	} else {
+	case r.native():
+		err = r.nativeSite(ctx)
+	default:
 		err = r.site(ctx)
 	}
 	if n, e := proc.KillMarked(r.spec.Mark); e != nil {

@@ -107,6 +107,7 @@ type Store interface {
 	DeleteJob(ctx context.Context, id job.ID) error
 	Move(ctx context.Context, id job.ID, to job.State, cause *job.Cause, reason string, now time.Time) error
 	SetReason(ctx context.Context, id job.ID, reason string) error
+	SetEngine(ctx context.Context, id job.ID, c job.EngineChoice, now time.Time) error
 
 	Parties(ctx context.Context, id job.ID) ([]job.Party, error)
 	PartiesOf(ctx context.Context, ids []job.ID) (map[job.ID][]job.Party, error)

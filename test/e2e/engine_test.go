@@ -433,7 +433,7 @@ func (r *run) succeeded(res result, flwr string, rounds int) {
 	if flwr != "" && s.Flwr != flwr {
 		t.Errorf("it ran with flwr %q, want %s", s.Flwr, flwr)
 	}
-	if s.Engine != localrun.Engine || s.App == "" || s.Seconds <= 0 || s.Seconds > res.Seconds || s.Job == "" || s.Out != r.out || len(s.Failures) > 0 {
+	if s.Engine != job.EngineFlower || s.App == "" || s.Seconds <= 0 || s.Seconds > res.Seconds || s.Job == "" || s.Out != r.out || len(s.Failures) > 0 {
 		t.Errorf("the summary is %+v", s)
 	}
 	r.eventsInOrder(res, rounds)

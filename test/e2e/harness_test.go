@@ -184,6 +184,9 @@ func start(t *testing.T, s spec) *run {
 	r.free = sync.OnceFunc(func() { <-pool })
 
 	args := append(slices.Clone(s.wrap), binary, "run", r.app, "--json", "--out", r.out)
+	if !slices.Contains(s.args, "--engine") && !slices.Contains(s.args, "--clients") {
+		args = append(args, "--engine", "flower") // most of these tests are about Flower's programs; those of the native engine say so
+	}
 	args = append(args, s.args...)
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	r.cmd = exec.CommandContext(ctx, args[0], args[1:]...)

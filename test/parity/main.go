@@ -197,7 +197,7 @@ func (o options) runPergola(ctx context.Context, c entry, v, dir, records string
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	args := []string{"run", filepath.Join(o.apps, c.app), "--flwr", v, "--sites", fmt.Sprint(sites), "--json", "--out", filepath.Join(dir, "out")}
+	args := []string{"run", filepath.Join(o.apps, c.app), "--flwr", v, "--sites", fmt.Sprint(sites), "--engine", "flower", "--json", "--out", filepath.Join(dir, "out")}
 	if n := len(overrides) / 2; n > 0 {
 		file := filepath.Join(dir, "overrides.toml")
 		if err := os.WriteFile(file, []byte(strings.Join(overrides[:n], "\n")+"\n"), 0o644); err != nil {

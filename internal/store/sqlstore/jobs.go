@@ -317,6 +317,24 @@ func (db *DB) SetReason(ctx context.Context, id job.ID, reason string) error {
 	})
 }
 
+// SetEngine changes how a job runs, and writes the event of it, in one transaction. A job that is over keeps its engine.
+func (db *DB) SetEngine(ctx context.Context, id job.ID, c job.EngineChoice, now time.Time) error {
+	return db.change(ctx, "store a job's engine", id, func(ctx context.Context, tx *txn, j job.Job) (bool, error) {
+		if j.State.Terminal() || j.Spec.Engine == c.Engine {
+			return false, nil
+		}
+		j.Spec.Engine, j.Spec.EngineWhy = c.Engine, c.Why
+		spec, err := json.Marshal(j.Spec)
+		if err != nil {
+			return false, err
+		}
+		if _, err := tx.ExecContext(ctx, "UPDATE job SET spec = ? WHERE id = ?", string(spec), id); err != nil {
+			return false, err
+		}
+		return true, insertEvent(ctx, tx, id, "", job.KindEngine, c, now)
+	})
+}
+
 // MoveParty takes a party to another state, under the same rules as Move. A party that failed
 // without a cause gets one that says so.
 func (db *DB) MoveParty(ctx context.Context, id job.ID, party string, to job.PartyState, cause *job.Cause, reason string, now time.Time) error {

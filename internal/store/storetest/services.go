@@ -472,6 +472,23 @@ func testAttempts(t *testing.T, open Opener) {
 	if err := db.Again(ctx, j.ID, "nobody", "", now); problem.CodeOf(err) != problem.NotFound {
 		t.Errorf("a new attempt of nobody: %v", err)
 	}
+	choice := job.EngineChoice{Engine: job.EngineFlower, Flwr: "1.30.0", Why: "the other does not work"}
+	must(db.SetEngine(ctx, j.ID, choice, now))
+	must(db.SetEngine(ctx, j.ID, choice, now)) // changes nothing
+	if have, err := db.Job(ctx, j.ID); err != nil || have.Spec.Engine != choice.Engine || have.Spec.EngineWhy != choice.Why || !slices.Equal(have.Spec.Sites, j.Spec.Sites) {
+		t.Errorf("the job is %+v, %v", have.Spec, err)
+	}
+	es, err = db.Events(ctx, j.ID, 0, 0)
+	must(err)
+	var told []job.EngineChoice
+	for _, e := range es {
+		if c := (job.EngineChoice{}); e.Kind == job.KindEngine && e.Decode(&c) == nil {
+			told = append(told, c)
+		}
+	}
+	if len(told) != 1 || told[0] != choice {
+		t.Errorf("the events say %+v", told)
+	}
 	must(db.Move(ctx, j.ID, job.Stopping, nil, "", now))
 	refused("a new attempt in a job that ends", db.Again(ctx, j.ID, "a", "", now))
 }
