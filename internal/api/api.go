@@ -47,6 +47,7 @@ type Client struct {
 	Bundles pergolav1connect.BundleServiceClient
 	Sites   pergolav1connect.SiteServiceClient
 	Runner  pergolav1connect.RunnerServiceClient
+	Who     pergolav1connect.IdentityServiceClient
 	http    *http.Client
 }
 
@@ -87,7 +88,8 @@ func newClient(t *http.Transport, base string) *Client {
 	c := connect.NewClient(connecthttp.NewTransport(h, base, connecthttp.WithReadMaxBytes(MaxMessage)), clientProblems)
 	return &Client{
 		Jobs: pergolav1connect.NewJobServiceClient(c), Bundles: pergolav1connect.NewBundleServiceClient(c),
-		Sites: pergolav1connect.NewSiteServiceClient(c), Runner: pergolav1connect.NewRunnerServiceClient(c), http: h,
+		Sites: pergolav1connect.NewSiteServiceClient(c), Runner: pergolav1connect.NewRunnerServiceClient(c),
+		Who: pergolav1connect.NewIdentityServiceClient(c), http: h,
 	}
 }
 
@@ -105,7 +107,12 @@ type Observe func(procedure string, stream bool) (done func(code string))
 // NewServer makes a server whose handlers may return problems. The errors below them go to log, not to the caller. Observers
 // hear of each call of a procedure that there is.
 func NewServer(log *slog.Logger, observe ...Observe) *connect.Server {
-	return connect.NewServer(func(next connect.ServerFunc) connect.ServerFunc {
+	return NewGatedServer(log, nil, observe...)
+}
+
+// NewGatedServer is NewServer with an interceptor that says which calls get to the handlers, and may return problems as they do.
+func NewGatedServer(log *slog.Logger, gate connect.ServerInterceptor, observe ...Observe) *connect.Server {
+	within := []connect.ServerInterceptor{func(next connect.ServerFunc) connect.ServerFunc {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) (err error) {
 			for _, o := range observe {
 				done := o(spec.Procedure, spec.StreamType != connect.StreamTypeUnary)
@@ -117,7 +124,11 @@ func NewServer(log *slog.Logger, observe ...Observe) *connect.Server {
 			}
 			return toWire(err)
 		}
-	})
+	}}
+	if gate != nil {
+		within = append(within, gate)
+	}
+	return connect.NewServer(within...)
 }
 
 // outcome names how a call ended.
@@ -200,6 +211,9 @@ func fromWire(err error) error {
 		}
 	}
 	if ce.Code() == connect.CodeUnavailable {
+		if p := pki.Explain(err); p != nil { // with TLS 1.3 the hub refuses a certificate when the handshake is over for this end
+			return p
+		}
 		return &problem.Error{Code: problem.HubUnreachable, Msg: "the hub does not answer", Err: err, Next: "check that it runs, and that its address is right"}
 	}
 	return err

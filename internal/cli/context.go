@@ -16,12 +16,13 @@ import (
 
 func newSites(e env) *cobra.Command {
 	h := &hubCommand{env: e}
+	var all bool
 	c := &cobra.Command{
-		Use: "sites", Short: "List the sites of a hub, and which are connected", Example: "  pergola sites\n  pergola sites --json",
+		Use: "sites", Short: "List the sites of a hub, and which are connected", Example: "  pergola sites\n  pergola sites --all --json",
 		Args: exactArgs(0, "no argument"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			return h.with(cmd.Context(), func(ctx context.Context, c *api.Client) error {
-				res, err := c.Jobs.ListSites(ctx, &pb.ListSitesRequest{})
+				res, err := c.Jobs.ListSites(ctx, &pb.ListSitesRequest{All: all})
 				if err != nil {
 					return err
 				}
@@ -31,12 +32,17 @@ func newSites(e env) *cobra.Command {
 				tw := tabwriter.NewWriter(e.stdout, 0, 4, 2, ' ', 0)
 				fmt.Fprintln(tw, "SITE\tCONNECTED")
 				for _, s := range res.GetSites() {
-					fmt.Fprintf(tw, "%s\t%s\n", s.GetName(), map[bool]string{true: "yes", false: "no"}[s.GetConnected()])
+					is := map[bool]string{true: "yes", false: "no"}[s.GetConnected()]
+					if s.GetRemovedTime() != nil {
+						is = "removed"
+					}
+					fmt.Fprintf(tw, "%s\t%s\n", s.GetName(), is)
 				}
 				return tw.Flush()
 			})
 		},
 	}
+	c.Flags().BoolVar(&all, "all", false, "also those that were removed")
 	return h.add(c, "a JSON list")
 }
 

@@ -178,6 +178,9 @@ func (c *control) step(ctx context.Context, wg *sync.WaitGroup) (over bool, next
 		return false, 0, c.hub.stop(ctx, j, forced)
 	}
 	now := c.hub.wall()
+	if ps, err = c.expel(ctx, j, ps, now); err != nil || ps == nil {
+		return false, 0, err
+	}
 	due := deadlines{now: time.Now(), wall: now, next: time.Minute}
 	switch j.State {
 	case job.Submitted, job.Waiting:
@@ -479,7 +482,7 @@ func wentAway(c *job.Cause) bool {
 // unforgivable tells whether a site's end is the job's, however many others there are: a program that cannot be started, as in
 // the reference system, and with strict-clients every failure.
 func (c *control) unforgivable(j job.Job, p job.Party, cause *job.Cause) bool {
-	if wentAway(cause) {
+	if wentAway(cause) || cause.Code == problem.Removed {
 		return false
 	}
 	return j.Spec.StrictClients || cause.Code == problem.ProgramFailed && !c.ready[p.Name]

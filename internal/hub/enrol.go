@@ -5,6 +5,8 @@ import (
 	"slices"
 	"time"
 
+	"connectrpc.com/connect/v2/connecthttp"
+
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/enrol"
 	"github.com/pergolafl/pergola/internal/pki"
@@ -12,27 +14,58 @@ import (
 	"github.com/pergolafl/pergola/internal/store"
 )
 
-// DefaultCertTTL is for how long the certificates of sites and users are good.
-const DefaultCertTTL = 365 * 24 * time.Hour
-
-// siteNames gives the sites that may take part: those of hub.toml in its order, then those that came by a token, by name.
-func (h *Hub) siteNames(ctx context.Context) ([]string, error) {
+// siteList gives the sites that may take part: those of hub.toml in its order, then those that came by a token, by name; with all also
+// those that were removed.
+func (h *Hub) siteList(ctx context.Context, all bool) ([]store.Identity, error) {
 	ids, err := h.db.Identities(ctx, string(pki.KindSite))
 	if err != nil {
 		return nil, err
 	}
-	gone := map[string]bool{}
-	var came []string
+	known := map[string]store.Identity{}
+	var names []string
 	for _, i := range ids {
-		switch {
-		case !i.Removed.IsZero():
-			gone[i.Name] = true
-		case !slices.Contains(h.conf.Sites, i.Name) && !i.Enrolled.IsZero():
-			came = append(came, i.Name)
+		known[i.Name] = i
+		if !slices.Contains(h.conf.Sites, i.Name) && (!i.Enrolled.IsZero() || !i.Removed.IsZero()) {
+			names = append(names, i.Name)
 		}
 	}
-	out := slices.DeleteFunc(slices.Clone(h.conf.Sites), func(n string) bool { return gone[n] })
-	return append(out, came...), nil
+	var out []store.Identity
+	for _, n := range append(slices.Clone(h.conf.Sites), names...) {
+		i := known[n]
+		i.Kind, i.Name = string(pki.KindSite), n
+		if all || i.Removed.IsZero() {
+			out = append(out, i)
+		}
+	}
+	return out, nil
+}
+
+// siteNames gives the names of the sites that may take part.
+func (h *Hub) siteNames(ctx context.Context) ([]string, error) {
+	list, err := h.siteList(ctx, false)
+	var out []string
+	for _, i := range list {
+		out = append(out, i.Name)
+	}
+	return out, err
+}
+
+// enrolledSite refuses a calling site of which the hub has only its certificate.
+func (h *Hub) enrolledSite(ctx context.Context, name string) error {
+	i, ok := ctx.Value(callerKey{}).(store.Identity) // the gate has looked
+	if !ok || i.Enrolled.IsZero() && !slices.Contains(h.conf.Sites, name) {
+		return problem.New(problem.Denied, "enrol it at the hub", "site %s is not enrolled", name)
+	}
+	return nil
+}
+
+// enrolledOf gives by which enrolment the caller's certificate was issued.
+func enrolledOf(ctx context.Context) time.Time {
+	info, ok := connecthttp.ServerInfoForContext(ctx)
+	if !ok || info.TLS() == nil || len(info.TLS().PeerCertificates) == 0 {
+		return time.Time{}
+	}
+	return pki.Enrolled(info.TLS().PeerCertificates[0])
 }
 
 // enrolled refuses a site that is not.
@@ -51,24 +84,22 @@ func (h *Hub) enrolled(ctx context.Context, sites []string) error {
 
 type enrolService struct{ *Hub }
 
-// Enrol implements the API. The token is used up before the certificate is made: rather a token that was of no use than one that was of two.
+// Enrol implements the API. The token is used up with the request that succeeds, and by no other; whoever had a certificate under that
+// name is out from then on.
 func (s enrolService) Enrol(ctx context.Context, req *pb.EnrolRequest) (*pb.EnrolResponse, error) {
-	now := time.Now()
-	t, err := s.db.UseToken(ctx, enrol.Hash(req.GetSecret()), now)
+	var cert []byte
+	var want pki.Identity
+	t, err := s.db.Enrol(ctx, enrol.Hash(req.GetSecret()), time.Now(), func(t store.Token, enrolled time.Time) (err error) {
+		want = pki.Identity{Kind: pki.Kind(t.Kind), Name: t.Name}
+		cert, err = s.auth.Sign([]byte(req.GetCsrPem()), func(id pki.Identity) error {
+			if id != want {
+				return problem.New(problem.Denied, "ask the hub's operator for a new token", "the token is for %s, not for %s", want, id)
+			}
+			return nil
+		}, pki.Grant{TTL: s.conf.certTTL(), Enrolled: enrolled})
+		return err
+	})
 	if err != nil {
-		return nil, err
-	}
-	want := pki.Identity{Kind: pki.Kind(t.Kind), Name: t.Name}
-	cert, err := s.auth.Sign([]byte(req.GetCsrPem()), func(id pki.Identity) error {
-		if id != want {
-			return problem.New(problem.Denied, "ask the hub's operator for a new token", "the token is for %s, not for %s", want, id)
-		}
-		return nil
-	}, DefaultCertTTL)
-	if err != nil {
-		return nil, err
-	}
-	if err := s.db.PutIdentity(ctx, store.Identity{Kind: t.Kind, Name: t.Name, Enrolled: now}); err != nil {
 		return nil, err
 	}
 	s.log.Info("enrolled", "identity", want.String(), "by", t.By)

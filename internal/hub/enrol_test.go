@@ -36,13 +36,13 @@ func TestEnrol(t *testing.T) {
 	if _, err := enrol.Join(t.Context(), wrong, ""); problem.CodeOf(err) != problem.Denied || !strings.Contains(err.Error(), "not for site d") {
 		t.Errorf("somebody else's token: %v", err)
 	}
-	if _, err := enrol.Join(t.Context(), tok, ""); problem.CodeOf(err) != problem.Denied {
-		t.Errorf("a token that was tried: %v", err)
-	}
-	if k, err := enrol.Join(t.Context(), token(pki.KindSite, "c", time.Minute), ""); err != nil {
-		t.Error(err)
+	if k, err := enrol.Join(t.Context(), tok, ""); err != nil {
+		t.Errorf("a request that was refused has used the token up: %v", err)
 	} else if id, err := k.Identity(); err != nil || id != (pki.Identity{Kind: pki.KindSite, Name: "c"}) {
 		t.Errorf("enrolled as %v, %v", id, err)
+	}
+	if _, err := enrol.Join(t.Context(), tok, ""); problem.CodeOf(err) != problem.Denied || !strings.Contains(err.Error(), "was used already") {
+		t.Errorf("a token that was used: %v", err)
 	}
 	if _, err := enrol.Join(t.Context(), token(pki.KindUser, "maria", -time.Second), ""); problem.CodeOf(err) != problem.Denied {
 		t.Errorf("a token whose time is over: %v", err)
@@ -75,7 +75,7 @@ func TestEnrol(t *testing.T) {
 	if got := names(); !slices.Equal(got, []string{"a"}) {
 		t.Errorf("sites after two were removed: %v", got)
 	}
-	if _, err := s.as(pki.Identity{Kind: pki.KindSite, Name: "c"}).Sites.GetLogOffsets(t.Context(), &pb.GetLogOffsetsRequest{JobId: "01"}); problem.CodeOf(err) != problem.Denied {
+	if _, err := s.as(pki.Identity{Kind: pki.KindSite, Name: "c"}).Sites.GetLogOffsets(t.Context(), &pb.GetLogOffsetsRequest{JobId: "01"}); problem.CodeOf(err) != problem.Removed {
 		t.Errorf("a site that was removed: %v", err)
 	}
 }

@@ -51,6 +51,8 @@ type Config struct {
 	Store     string       `toml:"store"`      // postgres://…; "" = a file in the hub's directory
 	Mark      string       `toml:"mark"`       // begins the marks of this hub's programs; default "hub"
 
+	CertificateLifetime job.Duration `toml:"certificate-lifetime"` // of all certificates that the hub issues, its own as well; default 30d
+
 	Monitor         string `toml:"monitor"`          // host:port of the pages for monitoring, without TLS; "" = none but in the directory and on the port
 	MonitorAnywhere bool   `toml:"monitor-anywhere"` // that may be an address that other machines reach
 }
@@ -66,6 +68,7 @@ type Hub struct {
 	db   store.Store
 	id   string // by which it holds the leases of jobs
 	auth *pki.Authority
+	cert *pki.Credential // its own
 	tls  *tls.Config
 
 	clock  *clock.Clock
@@ -73,6 +76,7 @@ type Hub struct {
 
 	changed store.Fanout // sites that came and went, under the job id ""
 	watched
+	guests guests
 
 	mu    sync.Mutex // guards the rest
 	sites map[string]*siteState
@@ -105,15 +109,13 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	if h.auth, err = pki.LoadAuthority(dir); err != nil {
 		return nil, err
 	}
-	pair, err := pki.LoadKeypair(dir, "hub")
-	if err != nil {
+	if err := h.openCertificate(); err != nil {
 		return nil, err
 	}
-	cert, err := pair.Certificate()
-	if err != nil {
-		return nil, err
-	}
-	h.tls = h.auth.WithJoin(pki.ServerTLS(cert, h.auth.Roots(), "h2", "http/1.1", link.ALPN))
+	conf := pki.ServerTLS(tls.Certificate{}, h.auth.Roots(), "h2", "http/1.1", link.ALPN)
+	conf.Certificates = nil
+	conf.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return h.cert.Certificate(), nil }
+	h.tls = h.auth.WithJoin(conf)
 	for _, d := range []string{"jobs", "bundles"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o700); err != nil {
 			return nil, diskProblem(err)
@@ -155,6 +157,9 @@ func (c *Config) check() error {
 	if err := c.checkMonitor(); err != nil {
 		return err
 	}
+	if err := c.checkCertTTL(); err != nil {
+		return err
+	}
 	if c.Cache == "" {
 		c.Cache = pyenv.DefaultCache()
 	}
@@ -191,22 +196,29 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 	}
 	watching := monitor.NewGroup(ctx)
 	defer watching.Wait() // before the store is closed
-	srv := api.NewServer(h.log, h.measures.call)
+	srv := api.NewGatedServer(h.log, h.gate, h.measures.call)
 	pergolav1connect.RegisterJobServiceHandler(srv, jobService{h})
 	pergolav1connect.RegisterBundleServiceHandler(srv, bundleService{h})
 	pergolav1connect.RegisterSiteServiceHandler(srv, siteService{h})
+	pergolav1connect.RegisterIdentityServiceHandler(srv, identityService{h})
 	mux := http.NewServeMux()
 	api.Mount(mux, srv)
 	g, ctx := errgroup.WithContext(ctx)
 	p := newPort(ln, h.tls, h.log)
 	m := h.watch(watching, p)
 	for _, page := range []string{"/healthz", "/readyz", "/metrics"} {
-		mux.Handle(page, h.pages(m))
+		mux.Handle(page, h.gatePage(h.pages(m)))
 	}
+	p.greet = h.greet
 	hs := &http.Server{
 		Handler: mux, TLSConfig: h.tls, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute,
 		ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelDebug), BaseContext: func(net.Listener) context.Context { return ctx },
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
+		ConnState: func(c net.Conn, s http.ConnState) {
+			if s == http.StateClosed || s == http.StateHijacked {
+				h.guests.closed(c)
+			}
+		},
 	}
 	joining := api.NewServer(h.log, h.measures.call)
 	pergolav1connect.RegisterEnrolServiceHandler(joining, enrolService{h})
@@ -222,6 +234,8 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 	g.Go(func() error { return serveHTTP(ctx, hs, p.http) })
 	g.Go(func() error { return h.control(ctx) })
 	g.Go(func() error { return h.serveMonitor(ctx, m, mon) })
+	g.Go(func() error { return h.seeOut(ctx) })
+	g.Go(func() error { return h.keepCertificate(ctx) })
 	listening(ln.Addr())
 	h.log.Info("the hub listens", "address", ln.Addr().String())
 	return g.Wait()

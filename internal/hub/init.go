@@ -17,9 +17,6 @@ import (
 	"github.com/pergolafl/pergola/internal/uplink"
 )
 
-// hubCertTTL is for how long a hub's own certificate is good: as long as its authority.
-const hubCertTTL = 10 * 365 * 24 * time.Hour
-
 // Init makes the directory of a new hub: its authority, its key pair and hub.toml. Addresses are those at which sites and users reach it,
 // "host:port"; listen is where it listens, "" for the port of the first address on all of the machine's addresses.
 func Init(dir string, addresses []string, listen string) (*pki.Authority, error) {
@@ -53,7 +50,7 @@ func Init(dir string, addresses []string, listen string) (*pki.Authority, error)
 	if err != nil {
 		return nil, err
 	}
-	pair, err := auth.NewKeypair(pki.Identity{Kind: pki.KindHub, Name: pki.HubName}, hosts, hubCertTTL)
+	pair, err := auth.NewKeypair(pki.Identity{Kind: pki.KindHub, Name: pki.HubName}, hosts, DefaultCertTTL)
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/pergolafl/pergola/internal/link"
 	"github.com/pergolafl/pergola/internal/logline"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/runner"
 	"github.com/pergolafl/pergola/internal/sock"
 )
@@ -39,6 +40,8 @@ type port struct {
 	join *connListener // of newcomers without a certificate
 	busy chan struct{} // one token for each handshake under way
 	wait time.Duration // how long one may take
+
+	greet func(context.Context, *tls.Conn) // is told of each connection for the API; nil: nobody is
 
 	mu      sync.Mutex
 	sources map[netip.Addr]int // guarded by mu: handshakes under way
@@ -109,6 +112,9 @@ func (p *port) run(ctx context.Context, onLink func(*tls.Conn)) error {
 			case pki.JoinALPN:
 				p.join.give(ctx, tc)
 			default:
+				if p.greet != nil {
+					p.greet(ctx, tc)
+				}
 				p.http.give(ctx, tc)
 			}
 		})
@@ -191,6 +197,24 @@ func (h *Hub) splice(ctx context.Context, c *tls.Conn) {
 		return
 	}
 	log := h.log.With(logline.Identity, id.String(), logline.Job, id.Job, logline.Site, id.Name)
+	leaf := c.ConnectionState().PeerCertificates[0]
+	ctx, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	// A link does not outlive its certificate: the other end comes back with the one that its agent has had renewed, and loses nothing.
+	ctx, cancel := context.WithDeadline(ctx, leaf.NotAfter)
+	defer cancel()
+	site, _ := behind(id)
+	_, leave, err := h.admit(ctx, leaf, site, func(p *problem.Error) { end(p) })
+	if err != nil {
+		log.Warn("a link was refused", "err", err)
+		if problem.CodeOf(err) == problem.Removed { // for good, and its runner is to know
+			if err := link.Refuse(c); err != nil {
+				log.Info("a link's end could not be told", "err", err)
+			}
+		}
+		return
+	}
+	defer leave()
 	jid, err := job.ParseID(id.Job)
 	if err == nil {
 		err = h.mayLink(ctx, jid, id.Name)

@@ -305,18 +305,18 @@ func (s jobService) TailLogs(ctx context.Context, req *pb.TailLogsRequest, out p
 }
 
 // ListSites implements the API.
-func (s jobService) ListSites(ctx context.Context, _ *pb.ListSitesRequest) (*pb.ListSitesResponse, error) {
+func (s jobService) ListSites(ctx context.Context, req *pb.ListSitesRequest) (*pb.ListSitesResponse, error) {
 	if _, err := caller(ctx, pki.KindUser); err != nil {
 		return nil, err
 	}
 	out := &pb.ListSitesResponse{}
-	names, err := s.siteNames(ctx)
+	list, err := s.siteList(ctx, req.GetAll())
 	if err != nil {
 		return nil, err
 	}
-	for _, n := range names {
-		_, ok := s.away(n)
-		out.Sites = append(out.Sites, &pb.Site{Name: n, Connected: ok})
+	for _, i := range list {
+		_, ok := s.away(i.Name)
+		out.Sites = append(out.Sites, &pb.Site{Name: i.Name, Connected: ok, EnrolledTime: stamp(i.Enrolled), RemovedTime: stamp(i.Removed)})
 	}
 	return out, nil
 }
@@ -467,14 +467,7 @@ func (s siteService) site(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	names, err := s.siteNames(ctx)
-	if err != nil {
-		return "", err
-	}
-	if !slices.Contains(names, id.Name) {
-		return "", problem.New(problem.Denied, "enrol it at the hub", "site %s is not enrolled", id.Name)
-	}
-	return id.Name, nil
+	return id.Name, s.enrolledSite(ctx, id.Name)
 }
 
 // part gives a job in which the calling site takes part.
@@ -644,10 +637,7 @@ func (h *Hub) record(ctx context.Context, attempt int, e runner.Entry) error {
 	return err
 }
 
-// partyCertTTL is how long a site's runner may open its link again: as long as jobs are meant to last.
-const partyCertTTL = 30 * 24 * time.Hour
-
-// IssueCertificate implements the API.
+// IssueCertificate implements the API. The certificate is of the site's own enrolment, and the agent has it renewed while the part lives.
 func (s siteService) IssueCertificate(ctx context.Context, req *pb.IssueCertificateRequest) (*pb.IssueCertificateResponse, error) {
 	j, name, err := s.part(ctx, req.GetJobId())
 	if err != nil {
@@ -662,7 +652,7 @@ func (s siteService) IssueCertificate(ctx context.Context, req *pb.IssueCertific
 			return problem.New(problem.Denied, "", "site %s may not be %s", name, id)
 		}
 		return nil
-	}, partyCertTTL)
+	}, pki.Grant{TTL: s.conf.certTTL(), Enrolled: enrolledOf(ctx)})
 	if err != nil {
 		return nil, err
 	}

@@ -512,6 +512,9 @@ func TestConfig(t *testing.T) {
 		{"sites = [\"hub\"]\n", "hub"},
 		{"sites = [\"a\", \"a\"]\n", "twice"},
 		{"store = \"hub.db\"\n", "no address of a Postgres database"},
+		{"certificate-lifetime = \"59m\"\n", "between 1h and 730d"},
+		{"certificate-lifetime = \"0\"\n", "between 1h and 730d"},
+		{"certificate-lifetime = \"731d\"\n", "between 1h and 730d"},
 	} {
 		dir := t.TempDir()
 		if err := os.WriteFile(filepath.Join(dir, ConfigFile), []byte(c.text), 0o600); err != nil {

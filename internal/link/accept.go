@@ -160,6 +160,25 @@ func (a *Acceptor) welcome(ctx context.Context, conn net.Conn) (*Session, error)
 	return made, nil
 }
 
+// Refuse tells the dialling end of a link that begins that it has no business here, so that its session ends, and closes conn. It is
+// for whoever passes links on.
+func Refuse(conn net.Conn) error {
+	defer hardClose(conn)
+	if err := conn.SetDeadline(time.Now().Add(handshakeWait)); err != nil {
+		return err
+	}
+	f, err := readFrame(conn)
+	if err != nil {
+		return noEOF(err)
+	}
+	r := refuseFrame(refusePeer)
+	r.version = f.version // there is nothing in it that a version could change
+	if _, err := conn.Write(appendFrame(nil, r)); err != nil {
+		return err
+	}
+	return ignoreClosed(conn.Close())
+}
+
 func reasonFor(err error) byte {
 	switch {
 	case errors.Is(err, ErrClosed):

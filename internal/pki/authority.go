@@ -9,10 +9,9 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
-	"errors"
-	"fmt"
 	"net"
 	"path/filepath"
+	"strconv"
 	"time"
 
 	"github.com/pergolafl/pergola/internal/problem"
@@ -20,7 +19,7 @@ import (
 
 const (
 	// skew is how far a certificate's start lies back, so that a machine whose clock is late accepts it at once.
-	skew = 5 * time.Minute
+	skew = time.Hour
 	// authorityLife is how long an authority may issue. No certificate outlives the authority that issued it.
 	authorityLife = 10 * 365 * 24 * time.Hour
 	// Organization is in the names of every authority and of all that they issue.
@@ -117,9 +116,19 @@ func LoadAuthority(dir string) (*Authority, error) {
 	return newAuthority(pair.Certificate[0], key)
 }
 
-// Issue gives a certificate for pub as id that is good for ttl (never longer than the authority). Hosts, DNS
-// names and IP addresses, are those under which a hub is dialled; its own name is always among them.
-func (a *Authority) Issue(pub crypto.PublicKey, id Identity, hosts []string, ttl time.Duration) ([]byte, error) {
+// Grant is what a certificate says beyond its identity.
+type Grant struct {
+	// TTL is for how long it is good from now on, though never longer than the authority.
+	TTL time.Duration
+	// Hosts, DNS names and IP addresses, are those under which a hub is dialled; its own name is always among them.
+	Hosts []string
+	// Enrolled is by which enrolment of its site or user it was issued; see [Enrolled]. Zero: by none.
+	Enrolled time.Time
+}
+
+// Issue gives a certificate for pub as id.
+func (a *Authority) Issue(pub crypto.PublicKey, id Identity, g Grant) ([]byte, error) {
+	hosts, ttl := g.Hosts, g.TTL
 	if err := id.Check(); err != nil {
 		return nil, err
 	}
@@ -142,6 +151,9 @@ func (a *Authority) Issue(pub crypto.PublicKey, id Identity, hosts []string, ttl
 		BasicConstraintsValid: true,
 	}
 	t.URIs = append(t.URIs, id.url())
+	if !g.Enrolled.IsZero() {
+		t.Subject.SerialNumber = strconv.FormatInt(g.Enrolled.UnixNano(), 10)
+	}
 	if t.NotAfter.After(a.cert.NotAfter) {
 		t.NotAfter = a.cert.NotAfter
 	}
@@ -168,7 +180,7 @@ func (a *Authority) Issue(pub crypto.PublicKey, id Identity, hosts []string, ttl
 // Sign issues a certificate for a request made by [NewRequest] if allow agrees to its identity. Only the public
 // key and the identity are taken from the request. A request that cannot be read, is not signed by its own key or asks for
 // anything but one identity is a denied problem; allow's error is given as it is.
-func (a *Authority) Sign(csrPEM []byte, allow func(Identity) error, ttl time.Duration) ([]byte, error) {
+func (a *Authority) Sign(csrPEM []byte, allow func(Identity) error, g Grant) ([]byte, error) {
 	const next = "make the request again with this version of pergola"
 	block, _ := pem.Decode(csrPEM)
 	if len(csrPEM) > maxPEM || block == nil || block.Type != "CERTIFICATE REQUEST" {
@@ -194,16 +206,21 @@ func (a *Authority) Sign(csrPEM []byte, allow func(Identity) error, ttl time.Dur
 	if err := allow(id); err != nil {
 		return nil, err
 	}
-	return a.Issue(req.PublicKey, id, nil, ttl)
+	return a.Issue(req.PublicKey, id, g)
 }
 
-// NewKeypair makes a key and issues its certificate, for programs that hold the authority themselves.
+// NewKeypair makes a key and issues its certificate, for programs that hold the authority themselves. It is of no enrolment.
 func (a *Authority) NewKeypair(id Identity, hosts []string, ttl time.Duration) (Keypair, error) {
+	return a.Keypair(id, Grant{TTL: ttl, Hosts: hosts})
+}
+
+// Keypair is NewKeypair with all that can be said in a certificate.
+func (a *Authority) Keypair(id Identity, g Grant) (Keypair, error) {
 	key, err := NewKey()
 	if err != nil {
 		return Keypair{}, err
 	}
-	cert, err := a.Issue(key.Public(), id, hosts, ttl)
+	cert, err := a.Issue(key.Public(), id, g)
 	if err != nil {
 		return Keypair{}, err
 	}
@@ -244,34 +261,6 @@ func (k Keypair) Identity() (Identity, error) {
 		return Identity{}, err
 	}
 	return CertIdentity(c.Leaf)
-}
-
-// SaveKeypair writes dir/name.crt, dir/name.key and dir/ca.crt, each 0600 and each replaced as a whole.
-func SaveKeypair(dir, name string, k Keypair) error {
-	return errors.Join(
-		writeFile(filepath.Join(dir, name+".key"), k.KeyPEM),
-		writeFile(filepath.Join(dir, name+".crt"), k.CertPEM),
-		writeFile(filepath.Join(dir, "ca.crt"), k.CAPEM),
-	)
-}
-
-// LoadKeypair reads what [SaveKeypair] wrote and checks that key and certificate fit.
-func LoadKeypair(dir, name string) (Keypair, error) {
-	var k Keypair
-	for file, to := range map[string]*[]byte{name + ".crt": &k.CertPEM, name + ".key": &k.KeyPEM, "ca.crt": &k.CAPEM} {
-		b, err := readFile(filepath.Join(dir, file))
-		if err != nil {
-			return Keypair{}, err
-		}
-		*to = b
-	}
-	if _, err := k.Certificate(); err != nil {
-		return Keypair{}, fmt.Errorf("%s in %s: %w", name, dir, err)
-	}
-	if _, err := k.Roots(); err != nil {
-		return Keypair{}, fmt.Errorf("ca.crt in %s: %w", dir, err)
-	}
-	return k, nil
 }
 
 // NewKey makes an ECDSA P-256 key.

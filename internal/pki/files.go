@@ -47,7 +47,16 @@ func writeFile(path string, data []byte) (err error) {
 	if err != nil {
 		return errors.Join(err, os.Remove(tmp.Name()))
 	}
-	return nil
+	return syncDir(filepath.Dir(path))
+}
+
+// syncDir makes the names in a folder durable.
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
 }
 
 // readFile reads a PEM file of at most maxPEM bytes.

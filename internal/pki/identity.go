@@ -7,8 +7,9 @@
 //	pergola:///party/<job>/<name>   one side of one job; <name> is a site, or "hub"
 //
 // Everything is ECDSA P-256 and TLS 1.3, both ends present a certificate, and sessions are never resumed by
-// ticket, so that a certificate is looked at on every connection. The package does not decide what an identity
-// may do, does not renew and does not revoke. Start with [NewAuthority] and [ServerTLS].
+// ticket, so that a certificate is looked at on every connection. A [Credential] is a key pair on disk that is renewed before it
+// ends and used from then on. The package does not decide what an identity may do nor who is still let in; the hub does, by the
+// enrolment that each certificate carries ([Enrolled]). Start with [NewAuthority], [ServerTLS] and [OpenCredential].
 package pki
 
 import (

@@ -105,14 +105,26 @@ func TestIssueRefuses(t *testing.T) {
 	}
 	site := Identity{Kind: KindSite, Name: "a"}
 	for name, do := range map[string]func() ([]byte, error){
-		"a site named hub":        func() ([]byte, error) { return a.Issue(key.Public(), Identity{KindSite, "hub", ""}, nil, time.Hour) },
-		"a bad name":              func() ([]byte, error) { return a.Issue(key.Public(), Identity{KindSite, "A", ""}, nil, time.Hour) },
-		"an unknown kind":         func() ([]byte, error) { return a.Issue(key.Public(), Identity{"king", "a", ""}, nil, time.Hour) },
-		"a site with a job":       func() ([]byte, error) { return a.Issue(key.Public(), Identity{KindSite, "a", "j"}, nil, time.Hour) },
-		"a party without one":     func() ([]byte, error) { return a.Issue(key.Public(), Identity{KindParty, "a", ""}, nil, time.Hour) },
-		"a party of a path":       func() ([]byte, error) { return a.Issue(key.Public(), Identity{KindParty, "a", "../x"}, nil, time.Hour) },
-		"a site with a host name": func() ([]byte, error) { return a.Issue(key.Public(), site, []string{"hub"}, time.Hour) },
-		"no time":                 func() ([]byte, error) { return a.Issue(key.Public(), site, nil, 0) },
+		"a site named hub": func() ([]byte, error) {
+			return a.Issue(key.Public(), Identity{KindSite, "hub", ""}, Grant{TTL: time.Hour})
+		},
+		"a bad name": func() ([]byte, error) {
+			return a.Issue(key.Public(), Identity{KindSite, "A", ""}, Grant{TTL: time.Hour})
+		},
+		"an unknown kind": func() ([]byte, error) { return a.Issue(key.Public(), Identity{"king", "a", ""}, Grant{TTL: time.Hour}) },
+		"a site with a job": func() ([]byte, error) {
+			return a.Issue(key.Public(), Identity{KindSite, "a", "j"}, Grant{TTL: time.Hour})
+		},
+		"a party without one": func() ([]byte, error) {
+			return a.Issue(key.Public(), Identity{KindParty, "a", ""}, Grant{TTL: time.Hour})
+		},
+		"a party of a path": func() ([]byte, error) {
+			return a.Issue(key.Public(), Identity{KindParty, "a", "../x"}, Grant{TTL: time.Hour})
+		},
+		"a site with a host name": func() ([]byte, error) {
+			return a.Issue(key.Public(), site, Grant{TTL: time.Hour, Hosts: []string{"hub"}})
+		},
+		"no time": func() ([]byte, error) { return a.Issue(key.Public(), site, Grant{}) },
 	} {
 		if b, err := do(); problem.CodeOf(err) != problem.Usage || b != nil {
 			t.Errorf("%s: %v", name, err)
@@ -162,7 +174,7 @@ func TestSign(t *testing.T) {
 		t.Fatal(err)
 	}
 	all := func(Identity) error { return nil }
-	certPEM, err := a.Sign(csr, all, time.Hour)
+	certPEM, err := a.Sign(csr, all, Grant{TTL: time.Hour})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,7 +191,7 @@ func TestSign(t *testing.T) {
 			t.Errorf("asked about %v", id)
 		}
 		return no
-	}, time.Hour); !errors.Is(err, no) {
+	}, Grant{TTL: time.Hour}); !errors.Is(err, no) {
 		t.Errorf("a refusal became %v", err)
 	}
 
@@ -208,7 +220,7 @@ func TestSign(t *testing.T) {
 		"a host name as well": made(key, func(r *x509.CertificateRequest) { r.DNSNames = []string{"hub"} }),
 		"a foreign URI":       made(key, func(r *x509.CertificateRequest) { r.URIs[0] = &url.URL{Scheme: "https", Host: "x"} }),
 	} {
-		if _, err := a.Sign(bad, all, time.Hour); problem.CodeOf(err) != problem.Denied {
+		if _, err := a.Sign(bad, all, Grant{TTL: time.Hour}); problem.CodeOf(err) != problem.Denied {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -231,7 +243,7 @@ func FuzzSign(f *testing.F) {
 	f.Add(csr)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var allowed Identity
-		out, err := a.Sign(b, func(id Identity) error { allowed = id; return nil }, time.Hour)
+		out, err := a.Sign(b, func(id Identity) error { allowed = id; return nil }, Grant{TTL: time.Hour})
 		if err != nil {
 			return
 		}

@@ -22,11 +22,23 @@ func (a *Authority) WithJoin(conf *tls.Config) *tls.Config {
 		if len(h.SupportedProtos) != 1 || h.SupportedProtos[0] != JoinALPN {
 			return nil, nil // as the rest of the port
 		}
-		cert := conf.Certificates[0]
+		own, err := serverCertificate(conf, h)
+		if err != nil {
+			return nil, err
+		}
+		cert := *own
 		cert.Certificate = append(append([][]byte(nil), cert.Certificate[0]), a.cert.Raw)
 		return &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, NextProtos: []string{JoinALPN}, SessionTicketsDisabled: true}, nil
 	}
 	return out
+}
+
+// serverCertificate gives the certificate that a server shows at present.
+func serverCertificate(conf *tls.Config, h *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	if conf.GetCertificate != nil {
+		return conf.GetCertificate(h)
+	}
+	return &conf.Certificates[0], nil
 }
 
 // JoinClientTLS is the configuration of a newcomer who knows the fingerprint of the hub's authority and nothing else.

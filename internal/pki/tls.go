@@ -6,6 +6,8 @@ import (
 	"errors"
 	"net"
 	"slices"
+	"strconv"
+	"time"
 
 	"github.com/pergolafl/pergola/internal/problem"
 )
@@ -87,6 +89,17 @@ func CertIdentity(c *x509.Certificate) (Identity, error) {
 	return ParseIdentity(c.URIs[0].String())
 }
 
+// Enrolled gives the enrolment by which a certificate was issued, as the time of it: each enrolment of a site or user under the
+// same name is later than those before, so a certificate of an older one is told by it. Zero: of none, as for a site that
+// stands in hub.toml. It is the serial number in the certificate's subject, in nanoseconds since 1970.
+func Enrolled(c *x509.Certificate) time.Time {
+	n, err := strconv.ParseInt(c.Subject.SerialNumber, 10, 64)
+	if err != nil || n <= 0 {
+		return time.Time{}
+	}
+	return time.Unix(0, n)
+}
+
 // Alert gives the code (RFC 8446, 6.2) of the alert with which the other end has ended a handshake or a connection.
 func Alert(err error) (uint8, bool) {
 	op, ok := errors.AsType[*net.OpError](err)
@@ -124,7 +137,10 @@ func Explain(err error) *problem.Error {
 	}
 	if code, ok := Alert(err); ok {
 		switch code {
-		case 42, 43, 44, 45, 46, 48, 49, 116:
+		case 45: // certificate_expired
+			return problem.Wrap(err, problem.Denied, "have a new one issued by the hub's authority, and check the clocks of both machines",
+				"this end's certificate is over, by the clock of the other end")
+		case 42, 43, 44, 46, 48, 49, 116:
 			return problem.Wrap(err, problem.Denied, "have this end's certificate issued again by the hub's authority, and check the clocks of both machines",
 				"the other end refused this end's certificate")
 		case 120:

@@ -22,6 +22,7 @@ const (
 	NotFound       Code = "not-found"       // the job, site or file does not exist
 	Exists         Code = "exists"          // a thing with that name exists already
 	Denied         Code = "denied"          // the identity may not do that
+	Superseded     Code = "superseded"      // somebody has enrolled again under that name
 	HubUnreachable Code = "hub-unreachable" // the hub does not answer
 	Unavailable    Code = "unavailable"     // the hub answers, but its store does not for now
 	ProxyFailed    Code = "proxy-failed"    // the HTTP or SOCKS proxy on the way to the hub lets nothing through
@@ -41,6 +42,7 @@ const (
 	StartTimeout      Code = "start-timeout"      // a program or a site was not ready in time
 	ProgramFailed     Code = "program-failed"     // one of Flower's programs could not start, or died
 	SiteLost          Code = "site-lost"          // a site's agent went away and stayed away
+	Removed           Code = "removed"            // the site, or the user, was removed from the hub
 	LinkLost          Code = "link-lost"          // the connection between two runners could not be had back
 	NoProgress        Code = "no-progress"        // nothing moved for longer than the job allows
 	Deadline          Code = "deadline"           // the job's time was over

@@ -46,7 +46,7 @@ type Bundle struct {
 type Identity struct {
 	Kind     string          // as in its certificate: "site", "user"
 	Name     string          //
-	Enrolled time.Time       // when it last came by a token; zero: never, it stands in the hub's configuration
+	Enrolled time.Time       // when it last came by a token, each time later than before; zero: never, as one that stands in the hub's configuration
 	Removed  time.Time       // zero: it may come
 	Drained  bool            // a site that takes no new jobs
 	Info     json.RawMessage // what a site declared last; none = nothing yet
@@ -136,6 +136,7 @@ type Store interface {
 	DeleteBundle(ctx context.Context, digest string) error
 
 	PutIdentity(ctx context.Context, i Identity) error
+	Introduce(ctx context.Context, i Identity) error
 	Identity(ctx context.Context, kind, name string) (Identity, error)
 	Identities(ctx context.Context, kind string) ([]Identity, error)
 	RemoveIdentity(ctx context.Context, kind, name string, now time.Time) error
@@ -143,7 +144,7 @@ type Store interface {
 	SawSite(ctx context.Context, site string, info json.RawMessage, version string, now time.Time) error
 
 	PutToken(ctx context.Context, t Token) error
-	UseToken(ctx context.Context, hash string, now time.Time) (Token, error)
+	Enrol(ctx context.Context, hash string, now time.Time, sign func(t Token, enrolled time.Time) error) (Token, error)
 	Tokens(ctx context.Context) ([]Token, error)
 	RemoveToken(ctx context.Context, hash string) error
 

@@ -18,16 +18,30 @@ const (
 	siteKind        = "site"
 )
 
-// PutIdentity enrols a site or a user, or enrols it again: from i.Enrolled on it may come. One that was not removed in between
+// putIdentity enrols a site or a user, or enrols it again: from i.Enrolled on it may come. One that was not removed in between
 // stays drained if it was; what it declared last stays in any case.
+const putIdentity = `INSERT INTO identity (` + identityColumns + `) VALUES (?, ?, ?, 0, ?, ?, ?, ?)
+	ON CONFLICT (kind, name) DO UPDATE SET enrolled = excluded.enrolled, removed = 0,
+	drained = CASE WHEN identity.removed = 0 THEN identity.drained ELSE excluded.drained END`
+
+func identityArgs(i store.Identity) []any {
+	return []any{i.Kind, i.Name, nanos(i.Enrolled), flag(i.Drained), string(i.Info), nanos(i.Seen), i.Version}
+}
+
+// PutIdentity enrols a site or a user without a token, or enrols it again; see Enrol.
 func (db *DB) PutIdentity(ctx context.Context, i store.Identity) error {
 	if len(i.Info) > 0 && !json.Valid(i.Info) {
 		return problem.New(problem.Internal, "please report this", "what %s %s declares is not JSON", i.Kind, i.Name)
 	}
-	return db.knows(ctx, "enrol "+i.Name, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, ?, 0, ?, ?, ?, ?)
-		ON CONFLICT (kind, name) DO UPDATE SET enrolled = excluded.enrolled, removed = 0,
-		drained = CASE WHEN identity.removed = 0 THEN identity.drained ELSE excluded.drained END`,
-		i.Kind, i.Name, nanos(i.Enrolled), flag(i.Drained), string(i.Info), nanos(i.Seen), i.Version)
+	return db.knows(ctx, "enrol "+i.Name, putIdentity, identityArgs(i)...)
+}
+
+// Introduce notes somebody of whom the store has not heard, as it is; of whom it has, nothing changes.
+func (db *DB) Introduce(ctx context.Context, i store.Identity) error {
+	return db.write(ctx, "note "+i.Name, func(ctx context.Context, tx *txn) ([]job.ID, error) {
+		_, err := tx.ExecContext(ctx, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, ?, 0, ?, ?, ?, ?) ON CONFLICT DO NOTHING`, identityArgs(i)...)
+		return nil, err
+	})
 }
 
 // Identity gives what is known of a site or a user, also of a removed one; not-found if nothing is.
@@ -46,10 +60,17 @@ func (db *DB) Identities(ctx context.Context, kind string) ([]store.Identity, er
 }
 
 // RemoveIdentity keeps a site or a user away from now on, until it is enrolled again; also one that the store has not heard of,
-// since a hub's configuration may name some. One that is removed already stays as it is.
+// since a hub's configuration may name some. One that is removed already stays as it is. Tokens for it that were not used are gone
+// with it.
 func (db *DB) RemoveIdentity(ctx context.Context, kind, name string, now time.Time) error {
-	return db.knows(ctx, "remove "+name, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, ?, 0, '', 0, '')
-		ON CONFLICT (kind, name) DO UPDATE SET removed = excluded.removed WHERE identity.removed = 0`, kind, name, nanos(now))
+	return db.write(ctx, "remove "+name, func(ctx context.Context, tx *txn) ([]job.ID, error) {
+		_, err := tx.ExecContext(ctx, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, ?, 0, '', 0, '')
+			ON CONFLICT (kind, name) DO UPDATE SET removed = excluded.removed WHERE identity.removed = 0`, kind, name, nanos(now))
+		if err == nil {
+			_, err = tx.ExecContext(ctx, "DELETE FROM token WHERE kind = ? AND name = ? AND used = 0", kind, name)
+		}
+		return []job.ID{""}, err
+	})
 }
 
 // SetDrained says whether a site takes new jobs, also of one that the store has not heard of.
@@ -94,10 +115,12 @@ func (db *DB) PutToken(ctx context.Context, t store.Token) error {
 	})
 }
 
-// UseToken takes a token, once: a token that is unknown, was used or is over at now is refused with code denied. Of many calls
-// at the same time one succeeds.
-func (db *DB) UseToken(ctx context.Context, hash string, now time.Time) (t store.Token, err error) {
-	err = db.write(ctx, "use a token", func(ctx context.Context, tx *txn) ([]job.ID, error) {
+// Enrol uses a token and enrols whom it is for, both or neither: sign is called with the token and the time of the enrolment, and if
+// it fails the token stays as good as it was. Of many calls with one token at the same time one succeeds. A token that is
+// unknown, was used or is over at now is refused with code denied. The time is now, or later if the clock was set back: each enrolment of a
+// name is later than those before it, and than its removal. Sign may be called again if the store has to do so; the last call counts.
+func (db *DB) Enrol(ctx context.Context, hash string, now time.Time, sign func(t store.Token, enrolled time.Time) error) (t store.Token, err error) {
+	err = db.write(ctx, "enrol", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		var err error
 		t, err = scanToken(tx.QueryRowContext(ctx, "SELECT "+tokenColumns+" FROM token WHERE hash = ?", hash))
 		const next = "ask whoever gave it to you for another one"
@@ -111,9 +134,27 @@ func (db *DB) UseToken(ctx context.Context, hash string, now time.Time) (t store
 		case !now.Before(t.Expires):
 			return nil, problem.New(problem.Denied, next, "the token for %s %s was good until %s", t.Kind, t.Name, t.Expires.Format(time.RFC3339))
 		}
+		enrolled := now
+		switch i, err := scanIdentity(tx.QueryRowContext(ctx, "SELECT "+identityColumns+" FROM identity WHERE kind = ? AND name = ?", t.Kind, t.Name)); {
+		case errors.Is(err, sql.ErrNoRows):
+		case err != nil:
+			return nil, err
+		default:
+			for _, before := range []time.Time{i.Enrolled, i.Removed} {
+				if !enrolled.After(before) {
+					enrolled = before.Add(1)
+				}
+			}
+		}
+		if err := sign(t, enrolled); err != nil {
+			return nil, err
+		}
 		t.Used = stamp(nanos(now))
-		_, err = tx.ExecContext(ctx, "UPDATE token SET used = ? WHERE hash = ?", nanos(now), hash)
-		return nil, err
+		if _, err = tx.ExecContext(ctx, "UPDATE token SET used = ? WHERE hash = ?", nanos(now), hash); err != nil {
+			return nil, err
+		}
+		_, err = tx.ExecContext(ctx, putIdentity, identityArgs(store.Identity{Kind: t.Kind, Name: t.Name, Enrolled: enrolled})...)
+		return []job.ID{""}, err
 	})
 	if err != nil {
 		return store.Token{}, err

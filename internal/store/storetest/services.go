@@ -327,6 +327,11 @@ func testIdentities(t *testing.T, open Opener) {
 	}
 	ok(t, db.PutIdentity(t.Context(), store.Identity{Kind: "user", Name: "ada", Enrolled: t0.Add(4)}))
 	same("user", "ada", store.Identity{Kind: "user", Name: "ada", Enrolled: t0.Add(4)})
+	// One of whom the store has heard stays as it is.
+	ok(t, db.Introduce(t.Context(), store.Identity{Kind: "user", Name: "ada", Enrolled: t0.Add(9)}))
+	same("user", "ada", store.Identity{Kind: "user", Name: "ada", Enrolled: t0.Add(4)})
+	ok(t, db.Introduce(t.Context(), store.Identity{Kind: "user", Name: "new", Enrolled: t0.Add(9)}))
+	same("user", "new", store.Identity{Kind: "user", Name: "new", Enrolled: t0.Add(9)})
 	code(t, db.PutIdentity(t.Context(), store.Identity{Kind: "site", Name: "x", Info: json.RawMessage("{")}), problem.Internal)
 }
 
@@ -372,25 +377,81 @@ func testTokens(t *testing.T, open Opener) {
 		ok(t, db.PutToken(t.Context(), tok(h)))
 	}
 	code(t, db.PutToken(t.Context(), tok("aa")), problem.Exists)
-	got, err := db.UseToken(t.Context(), "aa", t0.Add(time.Hour-1))
-	ok(t, err)
-	want := tok("aa")
-	want.Used = t0.Add(time.Hour - 1)
-	if d := cmp.Diff(want, got); d != "" {
-		t.Errorf("UseToken (-want +got):\n%s", d)
+	never := func(store.Token, time.Time) error {
+		t.Error("something was signed for a token that is no good")
+		return nil
 	}
+	use := func(hash string, now time.Time) (got store.Token, enrolled time.Time) {
+		t.Helper()
+		got, err := db.Enrol(t.Context(), hash, now, func(tok store.Token, at time.Time) error {
+			if tok.Hash != hash || tok.Kind != "site" || tok.Name != "a" {
+				t.Errorf("something is signed for %+v", tok)
+			}
+			enrolled = at
+			return nil
+		})
+		ok(t, err)
+		return got, enrolled
+	}
+	// What could not be signed has used up nothing.
+	refused := problem.New(problem.Denied, "", "the request is for somebody else")
+	_, err := db.Enrol(t.Context(), "aa", t0, func(store.Token, time.Time) error { return refused })
+	if !errors.Is(err, refused) {
+		t.Errorf("a refusal became %v", err)
+	}
+	_, err = db.Identity(t.Context(), "site", "a")
+	code(t, err, problem.NotFound)
+	now := t0.Add(time.Hour - 1)
+	got, enrolled := use("aa", now)
+	want := tok("aa")
+	want.Used = now
+	if d := cmp.Diff(want, got); d != "" || !enrolled.Equal(now) {
+		t.Errorf("Enrol at %v (-want +got):\n%s", enrolled, d)
+	}
+	is := func(want store.Identity) {
+		t.Helper()
+		want.Kind, want.Name = "site", "a"
+		got, err := db.Identity(t.Context(), "site", "a")
+		ok(t, err)
+		if d := cmp.Diff(want, got); d != "" {
+			t.Errorf("site a (-want +got):\n%s", d)
+		}
+	}
+	is(store.Identity{Enrolled: now})
 	for hash, now := range map[string]time.Time{"aa": t0, "bb": t0.Add(time.Hour), "AA": t0, "dd": t0} {
-		_, err := db.UseToken(t.Context(), hash, now)
+		_, err := db.Enrol(t.Context(), hash, now, never)
 		code(t, err, problem.Denied)
 	}
-	ok(t, db.RemoveToken(t.Context(), "cc"))
-	code(t, db.RemoveToken(t.Context(), "cc"), problem.NotFound)
-	_, err = db.UseToken(t.Context(), "cc", t0)
+	// Each enrolment is later than the one before and than the removal, also where the clock was set back.
+	if _, again := use("bb", t0); !again.Equal(now.Add(1)) {
+		t.Errorf("enrolled again by a clock that was set back: at %v, before at %v", again, now)
+	}
+	is(store.Identity{Enrolled: now.Add(1)})
+	other := tok("ee")
+	other.Kind = "user"
+	ok(t, db.PutToken(t.Context(), other))
+	ok(t, db.RemoveIdentity(t.Context(), "site", "a", now.Add(5)))
+	// Tokens that were not used are gone with whom they are for.
+	_, err = db.Enrol(t.Context(), "cc", t0, never)
+	code(t, err, problem.Denied)
+	ok(t, db.PutToken(t.Context(), tok("ff")))
+	if _, again := use("ff", t0); !again.Equal(now.Add(6)) {
+		t.Errorf("enrolled after a removal: at %v, removed at %v", again, now.Add(5))
+	}
+	is(store.Identity{Enrolled: now.Add(6)})
+	ok(t, db.PutToken(t.Context(), tok("gg")))
+	ok(t, db.RemoveToken(t.Context(), "gg"))
+	code(t, db.RemoveToken(t.Context(), "gg"), problem.NotFound)
+	_, err = db.Enrol(t.Context(), "gg", t0, never)
 	code(t, err, problem.Denied)
 	all, err := db.Tokens(t.Context())
 	ok(t, err)
-	if d := cmp.Diff([]store.Token{want, tok("bb")}, all); d != "" {
-		t.Errorf("Tokens (-want +got):\n%s", d)
+	var left []string
+	for _, x := range all {
+		left = append(left, x.Hash)
+	}
+	if want := []string{"aa", "bb", "ee", "ff"}; !slices.Equal(left, want) {
+		t.Errorf("tokens %q, want %q", left, want)
 	}
 }
 
@@ -402,7 +463,7 @@ func testTokenRace(t *testing.T, open Opener) {
 	var wg sync.WaitGroup
 	for i := range n {
 		wg.Go(func() {
-			_, err := []DB{a, b}[i%2].UseToken(t.Context(), "aa", t0)
+			_, err := []DB{a, b}[i%2].Enrol(t.Context(), "aa", t0, func(store.Token, time.Time) error { return nil })
 			if used[i] = err == nil; !used[i] {
 				code(t, err, problem.Denied)
 			}

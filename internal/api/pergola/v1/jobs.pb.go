@@ -1110,7 +1110,9 @@ func (x *TailLogsResponse) GetChunk() *LogChunk {
 }
 
 type ListSitesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Also those that were removed.
+	All           bool `protobuf:"varint,20,opt,name=all,proto3" json:"all,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1143,6 +1145,13 @@ func (x *ListSitesRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ListSitesRequest.ProtoReflect.Descriptor instead.
 func (*ListSitesRequest) Descriptor() ([]byte, []int) {
 	return file_pergola_v1_jobs_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *ListSitesRequest) GetAll() bool {
+	if x != nil {
+		return x.All
+	}
+	return false
 }
 
 type ListSitesResponse struct {
@@ -1204,7 +1213,10 @@ type Site struct {
 	Offer *SiteOffer       `protobuf:"bytes,23,opt,name=offer,proto3" json:"offer,omitempty"`
 	Used  map[string]int64 `protobuf:"bytes,24,rep,name=used,proto3" json:"used,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	// The jobs that have a part there.
-	Jobs          []string `protobuf:"bytes,25,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	Jobs []string `protobuf:"bytes,25,rep,name=jobs,proto3" json:"jobs,omitempty"`
+	// When it last enrolled with a token; none for one of the hub's configuration.
+	EnrolledTime  *timestamppb.Timestamp `protobuf:"bytes,30,opt,name=enrolled_time,json=enrolledTime,proto3" json:"enrolled_time,omitempty"`
+	RemovedTime   *timestamppb.Timestamp `protobuf:"bytes,31,opt,name=removed_time,json=removedTime,proto3" json:"removed_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1291,6 +1303,20 @@ func (x *Site) GetUsed() map[string]int64 {
 func (x *Site) GetJobs() []string {
 	if x != nil {
 		return x.Jobs
+	}
+	return nil
+}
+
+func (x *Site) GetEnrolledTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.EnrolledTime
+	}
+	return nil
+}
+
+func (x *Site) GetRemovedTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RemovedTime
 	}
 	return nil
 }
@@ -1462,10 +1488,11 @@ const file_pergola_v1_jobs_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\">\n" +
 	"\x10TailLogsResponse\x12*\n" +
-	"\x05chunk\x18\x01 \x01(\v2\x14.pergola.v1.LogChunkR\x05chunk\"\x12\n" +
-	"\x10ListSitesRequest\";\n" +
+	"\x05chunk\x18\x01 \x01(\v2\x14.pergola.v1.LogChunkR\x05chunk\"$\n" +
+	"\x10ListSitesRequest\x12\x10\n" +
+	"\x03all\x18\x14 \x01(\bR\x03all\";\n" +
 	"\x11ListSitesResponse\x12&\n" +
-	"\x05sites\x18\x01 \x03(\v2\x10.pergola.v1.SiteR\x05sites\"\xc8\x02\n" +
+	"\x05sites\x18\x01 \x03(\v2\x10.pergola.v1.SiteR\x05sites\"\xc8\x03\n" +
 	"\x04Site\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tconnected\x18\x02 \x01(\bR\tconnected\x120\n" +
@@ -1474,7 +1501,9 @@ const file_pergola_v1_jobs_proto_rawDesc = "" +
 	"\aversion\x18\x16 \x01(\tR\aversion\x12+\n" +
 	"\x05offer\x18\x17 \x01(\v2\x15.pergola.v1.SiteOfferR\x05offer\x12.\n" +
 	"\x04used\x18\x18 \x03(\v2\x1a.pergola.v1.Site.UsedEntryR\x04used\x12\x12\n" +
-	"\x04jobs\x18\x19 \x03(\tR\x04jobs\x1a7\n" +
+	"\x04jobs\x18\x19 \x03(\tR\x04jobs\x12?\n" +
+	"\renrolled_time\x18\x1e \x01(\v2\x1a.google.protobuf.TimestampR\fenrolledTime\x12=\n" +
+	"\fremoved_time\x18\x1f \x01(\v2\x1a.google.protobuf.TimestampR\vremovedTime\x1a7\n" +
 	"\tUsedEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"@\n" +
@@ -1560,36 +1589,38 @@ var file_pergola_v1_jobs_proto_depIdxs = []int32{
 	31, // 10: pergola.v1.Site.since:type_name -> google.protobuf.Timestamp
 	32, // 11: pergola.v1.Site.offer:type_name -> pergola.v1.SiteOffer
 	27, // 12: pergola.v1.Site.used:type_name -> pergola.v1.Site.UsedEntry
-	23, // 13: pergola.v1.DrainSiteResponse.site:type_name -> pergola.v1.Site
-	0,  // 14: pergola.v1.JobService.SubmitJob:input_type -> pergola.v1.SubmitJobRequest
-	2,  // 15: pergola.v1.JobService.GetJob:input_type -> pergola.v1.GetJobRequest
-	4,  // 16: pergola.v1.JobService.ListJobs:input_type -> pergola.v1.ListJobsRequest
-	6,  // 17: pergola.v1.JobService.AbortJob:input_type -> pergola.v1.AbortJobRequest
-	8,  // 18: pergola.v1.JobService.ResubmitJob:input_type -> pergola.v1.ResubmitJobRequest
-	10, // 19: pergola.v1.JobService.DeleteJob:input_type -> pergola.v1.DeleteJobRequest
-	12, // 20: pergola.v1.JobService.ListResults:input_type -> pergola.v1.ListResultsRequest
-	15, // 21: pergola.v1.JobService.DownloadResult:input_type -> pergola.v1.DownloadResultRequest
-	17, // 22: pergola.v1.JobService.WatchJob:input_type -> pergola.v1.WatchJobRequest
-	19, // 23: pergola.v1.JobService.TailLogs:input_type -> pergola.v1.TailLogsRequest
-	21, // 24: pergola.v1.JobService.ListSites:input_type -> pergola.v1.ListSitesRequest
-	24, // 25: pergola.v1.JobService.DrainSite:input_type -> pergola.v1.DrainSiteRequest
-	1,  // 26: pergola.v1.JobService.SubmitJob:output_type -> pergola.v1.SubmitJobResponse
-	3,  // 27: pergola.v1.JobService.GetJob:output_type -> pergola.v1.GetJobResponse
-	5,  // 28: pergola.v1.JobService.ListJobs:output_type -> pergola.v1.ListJobsResponse
-	7,  // 29: pergola.v1.JobService.AbortJob:output_type -> pergola.v1.AbortJobResponse
-	9,  // 30: pergola.v1.JobService.ResubmitJob:output_type -> pergola.v1.ResubmitJobResponse
-	11, // 31: pergola.v1.JobService.DeleteJob:output_type -> pergola.v1.DeleteJobResponse
-	13, // 32: pergola.v1.JobService.ListResults:output_type -> pergola.v1.ListResultsResponse
-	16, // 33: pergola.v1.JobService.DownloadResult:output_type -> pergola.v1.DownloadResultResponse
-	18, // 34: pergola.v1.JobService.WatchJob:output_type -> pergola.v1.WatchJobResponse
-	20, // 35: pergola.v1.JobService.TailLogs:output_type -> pergola.v1.TailLogsResponse
-	22, // 36: pergola.v1.JobService.ListSites:output_type -> pergola.v1.ListSitesResponse
-	25, // 37: pergola.v1.JobService.DrainSite:output_type -> pergola.v1.DrainSiteResponse
-	26, // [26:38] is the sub-list for method output_type
-	14, // [14:26] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	31, // 13: pergola.v1.Site.enrolled_time:type_name -> google.protobuf.Timestamp
+	31, // 14: pergola.v1.Site.removed_time:type_name -> google.protobuf.Timestamp
+	23, // 15: pergola.v1.DrainSiteResponse.site:type_name -> pergola.v1.Site
+	0,  // 16: pergola.v1.JobService.SubmitJob:input_type -> pergola.v1.SubmitJobRequest
+	2,  // 17: pergola.v1.JobService.GetJob:input_type -> pergola.v1.GetJobRequest
+	4,  // 18: pergola.v1.JobService.ListJobs:input_type -> pergola.v1.ListJobsRequest
+	6,  // 19: pergola.v1.JobService.AbortJob:input_type -> pergola.v1.AbortJobRequest
+	8,  // 20: pergola.v1.JobService.ResubmitJob:input_type -> pergola.v1.ResubmitJobRequest
+	10, // 21: pergola.v1.JobService.DeleteJob:input_type -> pergola.v1.DeleteJobRequest
+	12, // 22: pergola.v1.JobService.ListResults:input_type -> pergola.v1.ListResultsRequest
+	15, // 23: pergola.v1.JobService.DownloadResult:input_type -> pergola.v1.DownloadResultRequest
+	17, // 24: pergola.v1.JobService.WatchJob:input_type -> pergola.v1.WatchJobRequest
+	19, // 25: pergola.v1.JobService.TailLogs:input_type -> pergola.v1.TailLogsRequest
+	21, // 26: pergola.v1.JobService.ListSites:input_type -> pergola.v1.ListSitesRequest
+	24, // 27: pergola.v1.JobService.DrainSite:input_type -> pergola.v1.DrainSiteRequest
+	1,  // 28: pergola.v1.JobService.SubmitJob:output_type -> pergola.v1.SubmitJobResponse
+	3,  // 29: pergola.v1.JobService.GetJob:output_type -> pergola.v1.GetJobResponse
+	5,  // 30: pergola.v1.JobService.ListJobs:output_type -> pergola.v1.ListJobsResponse
+	7,  // 31: pergola.v1.JobService.AbortJob:output_type -> pergola.v1.AbortJobResponse
+	9,  // 32: pergola.v1.JobService.ResubmitJob:output_type -> pergola.v1.ResubmitJobResponse
+	11, // 33: pergola.v1.JobService.DeleteJob:output_type -> pergola.v1.DeleteJobResponse
+	13, // 34: pergola.v1.JobService.ListResults:output_type -> pergola.v1.ListResultsResponse
+	16, // 35: pergola.v1.JobService.DownloadResult:output_type -> pergola.v1.DownloadResultResponse
+	18, // 36: pergola.v1.JobService.WatchJob:output_type -> pergola.v1.WatchJobResponse
+	20, // 37: pergola.v1.JobService.TailLogs:output_type -> pergola.v1.TailLogsResponse
+	22, // 38: pergola.v1.JobService.ListSites:output_type -> pergola.v1.ListSitesResponse
+	25, // 39: pergola.v1.JobService.DrainSite:output_type -> pergola.v1.DrainSiteResponse
+	28, // [28:40] is the sub-list for method output_type
+	16, // [16:28] is the sub-list for method input_type
+	16, // [16:16] is the sub-list for extension type_name
+	16, // [16:16] is the sub-list for extension extendee
+	0,  // [0:16] is the sub-list for field type_name
 }
 
 func init() { file_pergola_v1_jobs_proto_init() }
