@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from .frames import ProtocolError
@@ -31,7 +32,8 @@ def strip(gen: Generation, content: Any) -> tuple[Any, list[bytes]]:
     def thin(record: Any) -> Any:
         new = type(record)()
         for key, a in record.items():
-            new[key] = gen.Array(dtype=a.dtype, shape=tuple(a.shape), stype=a.stype, data=b"")
+            new[key] = b = copy.copy(a)
+            b.data = b""
         return new
 
     return gen.with_array_records(content, thin), blobs

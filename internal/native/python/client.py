@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 import time
 from typing import Any
 
@@ -13,7 +12,8 @@ from . import generations
 from .codec import Codec
 from .frames import PROTOCOL, Frame, Link, ProtocolError
 from .generations import CRASHED_REASON, LOAD_FAILED, RAISED, Generation
-from .packs import ReadPacks, WorkerPacks
+from .packs import ReadPacks, WorkerPacks, check, read
+from .randomness import Generators
 from .readings import numbers, round_of
 
 LOAD_REASON = "An exception was raised when attempting to load `ClientApp`"  # Flower's, in each generation
@@ -33,25 +33,34 @@ def hello(role: str) -> Frame:
     )
 
 
-class Worker:
-    """A ClientApp of one run, loaded once."""
+def _logger() -> logging.Logger:
+    return logging.getLogger("flwr")
 
-    def __init__(self, gen: Generation, run_id: int, app: str, config: list[str], prefix: str) -> None:
+
+class Worker:
+    """A ClientApp of one run, loaded once, or why it could not be loaded."""
+
+    def __init__(
+        self, gen: Generation, run_id: int, run_config: dict[str, Any], app: Any, prefix: str, failure: Exception | None = None
+    ) -> None:
         self.gen = gen
         self.codec = Codec(gen)
         self.run_id = run_id
+        self.run_config = run_config
+        self.app = app
+        self.failure = failure
         self.read = ReadPacks()
         self.written = WorkerPacks(prefix)
-        self.app: Any = None
-        self.run_config: dict[str, Any] = {}
-        self.failure: tuple[int, str] | None = None
+
+    @classmethod
+    def load(cls, gen: Generation, start: dict[str, Any], prefix: str) -> Worker:
+        """Load the app that the runner names."""
         try:
-            self.run_config = gen.settings(app, config)[1]
-            self.app = gen.load(app, "clientapp")
+            run_config = gen.settings(start["app"], start.get("config") or [])[1]
+            return cls(gen, start["run"], run_config, gen.load(start["app"], "clientapp"), prefix)
         except Exception as e:  # noqa: BLE001 - told to whoever sends a message, as Flower does
-            self.failure = self.reason(e)
-            self.problem = f"{type(e).__name__}: {e}"
-            logging.getLogger("flwr").error("%s raised an exception", "ClientApp", exc_info=e)
+            _logger().error("%s raised an exception", "ClientApp", exc_info=e)
+            return cls(gen, start["run"], {}, None, prefix, e)
 
     def reason(self, e: Exception) -> tuple[int, str]:
         """Give code and text of the error that Flower answers with."""
@@ -64,8 +73,8 @@ class Worker:
         head = frame.head
         node = head["node"]
         self.gen.set_identity(self.run_id, node, head.get("task", 0))
-        message = self.codec.decode(frame.proto, *self._beside(frame, "pack", "lens"))
-        state = self.codec.decode_state(frame.state, *self._beside(frame, "spack", "slens"))
+        message = self.codec.decode(frame.proto, *self._beside(frame))
+        state = self.codec.decode_state(frame.state, *self._beside_state(frame))
         context = self.gen.context(self.run_id, node, dict(head.get("node_config") or {}), state, dict(self.run_config))
         answer: dict[str, Any] = {"t": "reply", "id": head["id"], "node": node, "type": message.metadata.message_type}
         self._note(answer, "round", lambda: round_of(self.gen, message))
@@ -73,18 +82,18 @@ class Worker:
         kept = False
         try:
             if self.failure is not None:
-                reply = self.gen.error_reply(message, *self.failure)
+                reply = self.gen.error_reply(message, *self.reason(self.failure))
             else:
                 reply = self.app(message, context)
             proto, blobs = self._encode(reply)
         except SystemExit as e:
             # Under Flower the process ends, and neither reply nor state leave it.
-            logging.getLogger("flwr").error("ClientApp called sys.exit(%r)", e.code)
+            _logger().error("ClientApp called sys.exit(%r)", e.code)
             reply = self.gen.error_reply(message, self.gen.code("CLIENT_APP_CRASHED", RAISED), CRASHED_REASON)
             proto, blobs = self._encode(reply)
             kept = True
         except Exception as e:  # noqa: BLE001 - whatever an app raises is answered
-            logging.getLogger("flwr").error("%s raised an exception", "ClientApp", exc_info=e)
+            _logger().error("%s raised an exception", "ClientApp", exc_info=e)
             reply = self.gen.error_reply(message, *self.reason(e))
             proto, blobs = self._encode(reply)
         answer["seconds"] = time.perf_counter() - begun
@@ -103,12 +112,25 @@ class Worker:
                 stream.flush()
         return out
 
-    def _beside(self, frame: Frame, pack: str, lens: str) -> tuple[list[int], list[bytes]]:
-        name = frame.head.get(pack)
+    def _beside(self, frame: Frame) -> tuple[list[int], list[bytes]]:
+        name = frame.head.get("pack")
         if name is None:
             return [], []
-        sizes = frame.head.get(lens)
+        sizes = frame.head.get("lens")
         return sizes, self.read.get(name, sizes, frame.take(name))
+
+    def _beside_state(self, frame: Frame) -> tuple[list[int], list[bytes]]:
+        name = frame.head.get("spack")
+        if name is None:
+            return [], []
+        fd = frame.take(name)  # it comes each time: a state is seldom wanted twice
+        if fd is None:
+            raise ProtocolError(f"the state's pack {name:.100} is named without its descriptor")
+        try:
+            sizes = check(fd, frame.head.get("slens"))
+            return sizes, read(fd, sizes)
+        finally:
+            os.close(fd)
 
     def _encode(self, reply: Any) -> tuple[bytes, list[bytes]]:
         return self.codec.encode(reply, message_id=self.gen.new_id())
@@ -124,7 +146,7 @@ class Worker:
         try:
             out.state, blobs = self.codec.encode_state(state)
         except Exception as e:  # noqa: BLE001 - an app may have put anything there; Flower's process would end
-            logging.getLogger("flwr").error("the context's state cannot be kept", exc_info=e)
+            _logger().error("the context's state cannot be kept", exc_info=e)
             out.head["kept"] = True
             return
         self._put(out, "spack", "slens", blobs)
@@ -159,12 +181,26 @@ def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
     """Load the app, and answer messages as the isolation says."""
     if start.get("cwd"):
         os.chdir(start["cwd"])
-    worker = Worker(gen, start["run"], start["app"], start.get("config") or [], f"c.{os.getpid()}")
     isolation = start.get("isolation") or "warm"
+    if isolation not in ("warm", "fork", "process"):
+        raise ProtocolError(f"there is no isolation {isolation!r:.50}")
+    generators = Generators()
+    worker = Worker.load(gen, start, f"c.{os.getpid()}")
     ready: dict[str, Any] = {"t": "ready"}
     if worker.failure is not None:
-        ready["error"] = worker.problem
+        ready["error"] = f"{type(worker.failure).__name__}: {worker.failure}"
+    if isolation == "fork":
+        from . import forking
+
+        why = forking.unsafe()
+        if why:
+            ready.update(fork=False, why=why)
+            isolation = "process"
+        else:
+            generators.look()
     link.send(Frame(ready))
+    if isolation == "fork":
+        return forking.Template(link, worker, generators).serve()
     while True:
         try:
             frame = link.receive()
@@ -177,15 +213,11 @@ def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
                 reply = worker.answer(frame)
             finally:
                 frame.close()
-            link.send(reply)
+            # Before the reply: the next message may follow it at once.
             for name in worker.read.forget():
                 link.send(Frame({"t": "forgot", "pack": name}))
+            link.send(reply)
             if isolation == "process":
                 return 0
         else:
             raise ProtocolError(f"a worker cannot do {frame.kind!r:.50}")
-
-
-def threads() -> int:
-    """Give how many Python threads run beside this one."""
-    return threading.active_count() - 1

@@ -21,7 +21,6 @@ ASIDE = 200  # where the socket is moved to
 
 _LENGTH = struct.Struct("<I")
 _INTS = array.array("i").itemsize
-_CONTROL = socket.CMSG_SPACE(MAX_FDS * _INTS)
 _TRUNCATED = getattr(socket, "MSG_CTRUNC", 0)
 
 
@@ -72,8 +71,9 @@ def size_of(head: dict[str, Any], name: str) -> int:
 class Link:
     """One end of the connection. Sending is safe from several threads; one thread receives."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, max_fds: int = MAX_FDS) -> None:
         self._sock = sock
+        self._control = socket.CMSG_SPACE(max_fds * _INTS)
         self._sending = threading.Lock()
 
     @classmethod
@@ -123,7 +123,7 @@ class Link:
         prefix = bytearray(_LENGTH.size)
         fds: list[int] = []
         try:
-            n, controls, flags, _ = self._sock.recvmsg_into([prefix], _CONTROL)
+            n, controls, flags, _ = self._sock.recvmsg_into([prefix], self._control)
             for level, kind, data in controls:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     got = array.array("i")
@@ -132,7 +132,7 @@ class Link:
             if n == 0:
                 raise EOFError("the runner closed the connection")
             if flags & _TRUNCATED:
-                raise ProtocolError(f"more than {MAX_FDS} descriptors in a frame")
+                raise ProtocolError("more descriptors in a frame than there may be")
             if n < len(prefix):
                 self._fill(memoryview(prefix)[n:])
             return self._rest(_LENGTH.unpack(prefix)[0], fds)

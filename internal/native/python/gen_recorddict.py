@@ -55,6 +55,12 @@ class This(Generation):
     def config_records(self, content: Any) -> Iterable[tuple[str, Any]]:
         return [(k, r) for k, r in content.items() if isinstance(r, self.ConfigRecord)]
 
+    def put(self, content: Any, name: str, record: Any) -> None:
+        content[name] = record
+
+    def reply(self, message: Any, content: Any) -> Any:
+        return self.Message(content, reply_to=message)
+
     def reply_to(self, metadata: Any) -> str:
         return str(metadata.reply_to_message_id)
 

@@ -57,6 +57,17 @@ class This(Generation):
     def config_records(self, content: Any) -> Iterable[tuple[str, Any]]:
         return list(content.configs_records.items())
 
+    def put(self, content: Any, name: str, record: Any) -> None:
+        if isinstance(record, self.ArrayRecord):
+            content.parameters_records[name] = record
+        elif isinstance(record, self.MetricRecord):
+            content.metrics_records[name] = record
+        else:
+            content.configs_records[name] = record
+
+    def reply(self, message: Any, content: Any) -> Any:
+        return message.create_reply(content)
+
     def reply_to(self, metadata: Any) -> str:
         return str(metadata.reply_to_message)
 

@@ -62,7 +62,6 @@ class Generation(ABC):
     name: str
     RecordDict: Any  # RecordSet, before it was renamed
     ArrayRecord: Any
-    Array: Any
     MetricRecord: Any
     ConfigRecord: Any
     ServerApp: Any
@@ -86,7 +85,6 @@ class Generation(ABC):
         self.Metadata = first("Metadata", *public)
         self.Context = first("Context", *public)
         self.Error = first("Error", *public)
-        self.Array = first("Array", *public, "flwr.common.record")
         self.default_ttl: float = first("DEFAULT_TTL", *public)
         serde = importlib.import_module("flwr.common.serde")
         self.message_to_proto: Callable[[Any], Any] = serde.message_to_proto
@@ -126,6 +124,14 @@ class Generation(ABC):
         if created is not None:
             made.created_at = created
         return made
+
+    @abstractmethod
+    def put(self, content: Any, name: str, record: Any) -> None:
+        """Put a record into a content."""
+
+    @abstractmethod
+    def reply(self, message: Any, content: Any) -> Any:
+        """Make the reply to a message."""
 
     @abstractmethod
     def reply_to(self, metadata: Any) -> str:

@@ -135,7 +135,7 @@ class Exchange:
             while True:
                 frame = self._link.receive()
                 try:
-                    self._take(frame)
+                    self.take(frame)
                 finally:
                     frame.close()
         except (EOFError, OSError, ProtocolError) as e:
@@ -143,7 +143,8 @@ class Exchange:
                 self._gone = e
                 self._changed.notify_all()
 
-    def _take(self, frame: Frame) -> None:
+    def take(self, frame: Frame) -> None:
+        """Take in one frame."""
         head = frame.head
         if frame.kind == "reply":
             self._reply(frame)

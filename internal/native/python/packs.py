@@ -107,6 +107,11 @@ class Idle:
         """Give a file to write into."""
         return self._fds.pop() if self._fds else new_file(name)
 
+    def take(self) -> list[int]:
+        """Give all files away, for a child to write into."""
+        fds, self._fds = self._fds, []
+        return fds
+
     def put(self, fd: int) -> None:
         """Take a file back."""
         self._fds.append(fd)
@@ -192,6 +197,10 @@ class WorkerPacks:
         write(fd, blobs)
         self._busy[name] = fd
         return name, fd
+
+    def add(self, fd: int) -> None:
+        """Take a file to write into."""
+        self._idle.put(fd)
 
     def free(self, name: str) -> None:
         """Note that nobody reads that pack any more."""

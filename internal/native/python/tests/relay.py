@@ -181,7 +181,7 @@ class Relay:
             os.close(self.packs.pop(head["pack"]))
             self.server.link.send(Frame({"t": "forgot", "pack": head["pack"]}))
         elif frame.kind == "free":
-            self.owner.pop(head["pack"]).link.send(Frame({"t": "free", "pack": head["pack"]}))
+            self._free(head["pack"])
         else:
             assert frame.kind == "msg", head
             self.messages.append(head)
@@ -251,7 +251,8 @@ class Relay:
         self.server.link.send(Frame(out, frame.proto, b"", fds))
         for fd in fds:
             os.close(fd)
-        self._pump(peer)
+        if self.isolation != "process":  # then it ends now
+            self._pump(peer)
 
     def _free(self, name: str) -> None:
         owner = self.owner.pop(name)

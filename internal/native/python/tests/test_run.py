@@ -152,3 +152,69 @@ def test_a_node_that_never_was(warm: Run) -> None:
     errors = [r for r in replies if "error" in r]
     assert len(errors) == 1 and errors[0]["error"][0] == 3
     assert errors[0]["error"][1].startswith("Error: Message Unavailable - " if KNOWS_UNKNOWN else "Error: Node Unavailable - ")
+
+
+ISOLATED = ["echo", "records", "big_state", "raises", "exits", "dies", "hangs", "threads"]
+
+
+@pytest.fixture(scope="session")
+def forked() -> Run:
+    return Run([*ISOLATED, "large", "leaves"], "fork")
+
+
+@pytest.fixture(scope="session")
+def processes() -> Run:
+    return Run(["echo", "records", "big_state", "dies"], "process", nodes=1, workers=1)
+
+
+@pytest.fixture(params=["forked", "processes"])
+def isolated(request: pytest.FixtureRequest) -> Run:
+    run: Run = request.getfixturevalue(request.param)
+    return run
+
+
+def test_nothing_stays_in_a_process(isolated: Run) -> None:
+    seen = [r["seen"] for r in isolated.said["echo"] + isolated.said["records"]["first"] + isolated.said["records"]["again"]]
+    assert [s["calls"] for s in seen] == [1] * len(seen)
+    assert len({s["pid"] for s in seen}) == len(seen)
+    # Each process has random numbers of its own, as under Flower.
+    assert len({s["random"] for s in seen}) == len({s["np_random"] for s in seen}) == len(seen)
+    assert all(s["main_thread"] and s["threads"] == 1 for s in seen)
+
+
+def test_records_and_state_of_isolated_messages(isolated: Run) -> None:
+    test_records_there_and_back(isolated)
+    test_state_lasts(isolated) if len(isolated.relay.nodes) == 2 else None
+    assert len(set(isolated.said["big_state"])) == 3
+
+
+def test_an_app_that_dies(isolated: Run) -> None:
+    """Whatever ends the process, the strategy sees an error, and the node goes on with the state that it had."""
+    count = max(isolated.said["big_state"])
+    if "raises" in isolated.said:
+        count += 3
+    for what, died in isolated.said["dies"].items():
+        for reply in died["replies"]:
+            assert reply["error"][1] == "ClientApp stopped responding." and reply["error"][0] in (2, 8), what
+            assert reply["src"] in isolated.relay.nodes and reply["group"] == "1" and reply["type"] == "train"
+        count += 1
+        assert [r["seen"]["count"] for r in died["after"]] == [count] * len(isolated.relay.nodes), what
+    if isolated.relay.isolation == "fork":
+        assert isolated.relay.replaced == 0
+        assert sorted(h["died"] for h in isolated.relay.replies if "died" in h) == ["it exited with 7"] * 2 + ["it was ended by SIGSEGV"] * 2
+    else:
+        assert isolated.relay.replaced == 2
+
+
+def test_forked_messages_otherwise(forked: Run) -> None:
+    test_numbers_are_read_off_replies(forked)
+    assert forked.said["large"] == [25_000_000.0] * 4
+    assert [r["error"] for r in forked.said["raises"]["replies"]] == [[2, "<class 'ZeroDivisionError'>:<'asked to'>"]] * 2
+    assert [r["error"][1] for r in forked.said["exits"]["replies"]] == ["ClientApp stopped responding."] * 2
+    assert forked.said["threads"] == [[i, [str(i)]] for i in range(24)]
+    # What an app leaves behind is what it would leave behind under Flower: daemonic children of multiprocessing end, what runs at exit runs.
+    assert sorted(forked.relay.printed("LEFT")) == ["at exit"] * 2 + ["thread"] * 2
+    for reply in forked.said["leaves"]:
+        for name in ("daemon", "self"):
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(float(reply["metrics"]["m"][name])), 0)

@@ -1,10 +1,10 @@
 """Does what a message's configuration says."""
 
+import copy
 import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -51,9 +51,15 @@ def train(message, context):
         time.sleep(float(configs["do"]["seconds"]))
     if do == "nothing":
         return None
-    if do == "child":
-        p = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-        return reply(message, make(metrics={"m": MetricRecord({"pid": p.pid})}))
+    if do == "leaves":
+        import atexit
+        import multiprocessing
+
+        daemon = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+        daemon.start()
+        atexit.register(lambda: print("LEFT at exit", flush=True))
+        threading.Thread(target=lambda: (time.sleep(0.2), print("LEFT thread", flush=True))).start()
+        return reply(message, make(metrics={"m": MetricRecord({"daemon": daemon.pid, "self": os.getpid()})}))
     if do == "big-state":
         record = type(next(iter(arrays.values())))()
         record.update(next(iter(arrays.values())))
@@ -98,7 +104,8 @@ def train(message, context):
     for name, r in arrays.items():
         new = type(r)()
         for key, a in r.items():
-            new[key] = type(a)(dtype=a.dtype, shape=tuple(a.shape), stype=a.stype, data=bytes(bytearray(a.data)))
+            new[key] = copy.copy(a)
+            new[key].data = bytes(bytearray(a.data))
         back[name] = new
     return reply(
         message,

@@ -42,7 +42,10 @@ def array_record(arrays):
     for name, a in arrays.items():
         f = io.BytesIO()
         np.save(f, a, allow_pickle=False)
-        made[name] = Array(dtype=str(a.dtype), shape=tuple(a.shape), stype="numpy.ndarray", data=f.getvalue())
+        try:
+            made[name] = Array(dtype=str(a.dtype), shape=tuple(a.shape), stype="numpy.ndarray", data=f.getvalue())
+        except TypeError:  # some generations want a list
+            made[name] = Array(dtype=str(a.dtype), shape=list(a.shape), stype="numpy.ndarray", data=f.getvalue())
     record = ArrayRecord()
     for name, a in made.items():
         record[name] = a

@@ -120,6 +120,9 @@ class Scenarios:
     def dies(self):
         return {w: {"replies": self.ask(w)[0], "after": self.echo()} for w in ("_exit", "segfault")}
 
+    def leaves(self):
+        return self.ask("leaves")[0]
+
     def nothing(self):
         return {"replies": self.ask("nothing")[0], "after": self.echo()}
 
