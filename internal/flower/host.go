@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/pergolafl/pergola/internal/problem"
@@ -68,6 +69,7 @@ func (h *Host) Start(args, env []string, files ...*os.File) (*Hosted, error) {
 				p.mu.Unlock()
 			}
 			e.Program = p.program
+			e.Message = strings.Replace(e.Message, "the supernode printed", "a worker printed", 1)
 			h.party.events.emit(e)
 		}
 	}

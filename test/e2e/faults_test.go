@@ -86,7 +86,17 @@ const (
 	newAppProgram    = "flwr-serverapp"
 	newClientProgram = "flwr-clientapp"
 	execProgram      = "flower-superexec"
+
+	// The native engine's, by the last word of their command lines.
+	serverProcess = "server"
+	workerProcess = "client"
 )
+
+// native gives the same settings for the native engine.
+func native(s job.Spec, isolation string) job.Spec {
+	s.Engine, s.Isolation = job.EngineNative, isolation
+	return s
+}
 
 var faults = []fault{
 	// Flower's programs, each killed, stopped, hanging, and ending by itself.
@@ -213,6 +223,72 @@ var faults = []fault{
 	{
 		name: "a supernode's starter of apps is killed", flwr: newFlwr, spec: long, act: struck("site-1", execProgram, syscall.SIGKILL),
 		code: problem.ProgramFailed, party: "site-1", says: []string{execProgram},
+	},
+
+	// The native engine's processes.
+	{
+		name: "a worker is killed", spec: native(short, "warm"), act: struck("site-1", workerProcess, syscall.SIGKILL),
+		state: job.Succeeded, warns: []string{"a worker of site-1 is gone (ended by signal 9", "while it had a message"}, fast: true,
+	},
+	{
+		name: "a worker is killed while it forks for each message", flwr: newFlwr, spec: native(short, "fork"), act: struck("site-1", workerProcess, syscall.SIGKILL),
+		state: job.Succeeded,
+	},
+	{
+		name: "a worker that serves one message is killed", flwr: newFlwr, spec: native(short, "process"), act: struck("site-1", workerProcess, syscall.SIGKILL),
+		state: job.Succeeded,
+	},
+	{
+		name: "a worker is stopped", spec: native(short, "warm"), act: struck("site-1", workerProcess, syscall.SIGSTOP),
+		state: job.Succeeded, warns: []string{"SIGSTOP", "a worker of site-1 is gone"}, limit: 2 * time.Minute,
+	},
+	{
+		name: "a worker hangs", spec: native(watchful, "warm"), exit: workerProcess + ":hang", act: triggered,
+		code: problem.NoProgress, says: []string{"20s"}, limit: 80 * time.Second,
+	},
+	{
+		name: "a worker exits with 0", spec: native(short, "warm"), exit: workerProcess + ":0", act: triggered,
+		state: job.Succeeded, warns: []string{"a worker of site-1 is gone (exit code 0)"},
+	},
+	{
+		name: "a worker exits with 3", spec: native(short, "warm"), exit: workerProcess + ":3", act: triggered,
+		state: job.Succeeded, warns: []string{"a worker of site-1 is gone (exit code 3)"},
+	},
+	{
+		name: "a worker answers garbage", spec: native(short, "warm"), exit: workerProcess + ":garbage", act: triggered,
+		state: job.Succeeded, warns: []string{"a worker of site-1 is gone (the other end does not speak"}, fast: true,
+	},
+	{
+		name: "a worker exits with 3 at its start", spec: native(short, "warm"), exit: workerProcess + ":3", begins: true,
+		state: job.Succeeded, warns: []string{"a worker of site-1 is gone (exit code 3)"}, more: sameNumbers,
+	},
+	{
+		name: "the ServerApp's process is killed, native engine", spec: native(long, "auto"), act: struck(job.HubParty, serverProcess, syscall.SIGKILL),
+		code: problem.ProgramFailed, party: "hub", says: []string{"server app", "killed"}, fast: true,
+	},
+	{
+		name: "the ServerApp's process is stopped, native engine", spec: native(long, "auto"), act: struck(job.HubParty, serverProcess, syscall.SIGSTOP),
+		code: problem.ProgramFailed, party: "hub", says: []string{"server app"}, warns: []string{"SIGSTOP"},
+	},
+	{
+		name: "the ServerApp's process hangs, native engine", spec: native(watchful, "auto"), exit: serverProcess + ":hang", act: triggered,
+		code: problem.NoProgress, says: []string{"20s"}, limit: 80 * time.Second,
+	},
+	{
+		name: "the ServerApp's process exits with 0, native engine", spec: native(long, "auto"), exit: serverProcess + ":0", act: triggered,
+		code: problem.AppError, party: "hub", says: []string{"by itself"},
+	},
+	{
+		name: "the ServerApp's process exits with 3, native engine", spec: native(long, "auto"), exit: serverProcess + ":3", act: triggered,
+		code: problem.AppError, party: "hub", says: []string{"exit code 3"},
+	},
+	{
+		name: "the hub's runner is killed, native engine", spec: native(long, "auto"), act: runnerOf(job.HubParty, syscall.SIGKILL),
+		code: problem.HubRunnerDied, party: "hub",
+	},
+	{
+		name: "a site's runner is killed, native engine", spec: native(long, "auto"), act: runnerOf("site-2", syscall.SIGKILL),
+		code: problem.SiteRunnerDied, party: "site-2",
 	},
 
 	// Programs that never get so far.
@@ -603,7 +679,7 @@ func newVictim(t *testing.T, f *fleetOf, c fault) *victim {
 			t.Fatal(err)
 		}
 		env := map[string]string{"PYTHONPATH": dir, "FAULT_OF": program, "FAULT": what, "FAULT_WHEN": v.trigger}
-		if slices.Contains([]string{linkProgram, appProgram, newAppProgram}, program) {
+		if slices.Contains([]string{linkProgram, appProgram, newAppProgram, serverProcess}, program) {
 			s.Server.Env = env
 		} else {
 			s.Site.Named = map[string]job.Site{"site-1": {Env: env}}

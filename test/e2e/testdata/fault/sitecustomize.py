@@ -1,4 +1,4 @@
-"""Has the program FAULT_OF do what FAULT says ("hang", or an exit status) once the file FAULT_WHEN is there.
+"""Has the program FAULT_OF do what FAULT says ("hang", "garbage" for the native engine's runner, or an exit status) once the file FAULT_WHEN is there.
 
 Python runs this at its start wherever the folder is in PYTHONPATH.
 """
@@ -24,6 +24,14 @@ def main():
         try:
             os.unlink(when)  # of several processes one does it
         except FileNotFoundError:
+            return
+        if what == "garbage":
+            for fd in os.listdir("/proc/self/fd"):
+                try:
+                    if os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+                        os.write(int(fd), b"Segmentation fault")
+                except OSError:
+                    pass  # that of the listing, which is closed
             return
         if what != "hang":
             os._exit(int(what))

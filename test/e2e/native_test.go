@@ -1,0 +1,185 @@
+package e2e
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/pergolafl/pergola/internal/job"
+)
+
+// clientMetrics gives what the events say of the replies of a round and phase, by site.
+func clientMetrics(t *testing.T, res result, round int, phase string) map[string]job.ClientMetrics {
+	t.Helper()
+	out := map[string]job.ClientMetrics{}
+	for _, e := range res.Events {
+		if e.Kind != job.KindClientMetrics {
+			continue
+		}
+		if m := as[job.ClientMetrics](t, e); m.Round == round && m.Phase == phase {
+			if _, twice := out[m.Site]; twice {
+				t.Errorf("%s is told of twice in round %d", m.Site, round)
+			}
+			out[m.Site] = m
+		}
+	}
+	return out
+}
+
+// engineOf gives the engine events.
+func enginesOf(t *testing.T, res result) (out []job.EngineChoice) {
+	t.Helper()
+	for _, e := range res.Events {
+		if e.Kind == job.KindEngine {
+			out = append(out, as[job.EngineChoice](t, e))
+		}
+	}
+	return out
+}
+
+func programsOf(t *testing.T, res result) map[string]int {
+	t.Helper()
+	out := map[string]int{}
+	for _, e := range res.Events {
+		if e.Kind == job.KindProgramStarted {
+			out[as[job.Program](t, e).Name]++
+		}
+	}
+	return out
+}
+
+// The same app has the same numbers on the native engine, chosen by itself, without any of Flower's programs; and the numbers of every
+// client are there without a word of the app's.
+func TestNative(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ flwr, isolation string }{{oldest, ""}, {newest, ""}, {newest, "process"}} {
+		t.Run(c.flwr+" "+c.isolation, func(t *testing.T) {
+			t.Parallel()
+			args := []string{"--flwr", c.flwr, "--engine", "auto"}
+			if c.isolation != "" {
+				args = append(args, "--isolation", c.isolation)
+			}
+			r := start(t, spec{app: "tiny", args: args})
+			res := r.end()
+			if res.Code != 0 || res.Summary.Engine != job.EngineNative || res.Summary.Flwr != c.flwr || !strings.Contains(res.Summary.Why, "known") {
+				t.Fatalf("exit %d, %s, engine %s (%s)", res.Code, causeText(res.Summary), res.Summary.Engine, res.Summary.Why)
+			}
+			sameRounds(t, res.Summary.Rounds, tinyRounds)
+			if got := enginesOf(t, res); len(got) != 1 || got[0].Engine != job.EngineNative {
+				t.Errorf("the events tell of %+v", got)
+			}
+			for name := range programsOf(t, res) {
+				if name != newAppProgram && name != newClientProgram {
+					t.Errorf("%s was started", name)
+				}
+			}
+			for _, site := range []string{"site-1", "site-2"} {
+				m := clientMetrics(t, res, 2, "evaluate")[site]
+				if m.Replies != 1 || m.Errors != 0 || m.Values["loss"] != (job.Stat{Count: 1, Mean: 12, Min: 12, Max: 12}) || m.SentBytes == 0 || m.ReceivedBytes == 0 || m.Seconds.Count != 1 {
+					t.Errorf("of the evaluation of round 2 at %s the events say %+v", site, m)
+				}
+			}
+			if len(res.Summary.Clients) != 8 {
+				t.Errorf("the summary has the replies of %d phases, want 2 rounds of 2 at 2 sites", len(res.Summary.Clients))
+			}
+		})
+	}
+}
+
+// Many clients are spread over the sites, each with its own node config, on as few workers as there are.
+func TestManyClients(t *testing.T) {
+	t.Parallel()
+	r := start(t, spec{app: "look", args: []string{
+		"--flwr", newest, "--clients", "41", "--workers", "2", "--site-env", "LOOK=7", "--run-config", "clients=41", "--run-config", "num-server-rounds=1",
+	}})
+	res := r.end()
+	if res.Code != 0 || res.Summary.Engine != job.EngineNative {
+		t.Fatalf("exit %d, %s, engine %s", res.Code, causeText(res.Summary), res.Summary.Engine)
+	}
+	if n := programsOf(t, res)[newClientProgram]; n != 4 {
+		t.Errorf("%d workers were started at two sites, want 4", n)
+	}
+	values := res.Summary.Rounds[0].Phases["evaluate"]
+	for i := range 41 {
+		if values[fmt.Sprintf("partitions-%d", i)] != 41 || values[fmt.Sprintf("look-%d", i)] != 7 {
+			t.Errorf("the client %d says %v", i, values)
+		}
+	}
+	m := clientMetrics(t, res, 1, "train")
+	if p := m["site-1"].Values["partition"]; p != (job.Stat{Count: 21, Mean: 10, Min: 0, Max: 20}) {
+		t.Errorf("the partitions of site-1 are %+v", p)
+	}
+	if p := m["site-2"].Values["partition"]; p != (job.Stat{Count: 20, Mean: 30.5, Min: 21, Max: 40}) {
+		t.Errorf("the partitions of site-2 are %+v", p)
+	}
+}
+
+// The network between a site and the hub goes away while a message is worked on, and comes back: a pause, and nothing else.
+func TestNativeOutage(t *testing.T) {
+	t.Parallel()
+	hub := freeAddress(t)
+	n := forward(t, hub)
+	r := start(t, spec{app: "slow", args: []string{
+		"--flwr", oldest, "--engine", "native", "--run-config", "sleep=1", "--listen", hub, "--site-dials", "site-1=" + n.addr(),
+	}, idle: true})
+	for i, how := range []netState{cut, hole} {
+		r.round(i + 1)
+		n.set(how)
+		time.Sleep(3 * time.Second) // the outage is what is tested
+		n.set(up)
+	}
+	res := r.end()
+	if res.Code != 0 || res.Summary.State != job.Succeeded {
+		t.Fatalf("exit %d, %s", res.Code, causeText(res.Summary))
+	}
+	sameRounds(t, res.Summary.Rounds, tinyRounds)
+	for _, m := range res.Summary.Clients {
+		if m.Errors > 0 {
+			t.Errorf("the strategy saw an error: %+v", m)
+		}
+	}
+}
+
+// A setting that only Flower's programs know has the job run on them, and says so.
+func TestEngineOfSettings(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.CopyFS(dir, os.DirFS(filepath.Join(apps, "tiny"))); err != nil {
+		t.Fatal(err)
+	}
+	p := filepath.Join(dir, "pyproject.toml")
+	b, err := os.ReadFile(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(p, append(b, "\n[tool.pergola.server]\ndatabase = \"state.db\"\n"...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r := start(t, spec{app: dir, args: []string{"--flwr", oldest, "--engine", "native"}})
+	if res := r.end(); res.Code != 2 || !strings.Contains(res.Summary.Cause.Msg, "server.database") {
+		t.Errorf("exit %d, %s; want a refusal", res.Code, causeText(res.Summary))
+	}
+	r = start(t, spec{app: dir, args: []string{"--flwr", oldest, "--engine", "auto", "--run-config", "num-server-rounds=1"}})
+	res := r.end()
+	if res.Code != 0 || res.Summary.Engine != job.EngineFlower || !strings.Contains(res.Summary.Why, "server.database") {
+		t.Errorf("exit %d, %s, engine %s (%s)", res.Code, causeText(res.Summary), res.Summary.Engine, res.Summary.Why)
+	}
+}
+
+// cacheBeside makes a cache that has the environments of the user's, and no other answers about them.
+func cacheBeside(t *testing.T, of string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, name := range []string{"envs", "interpreters", "locks"} {
+		if err := os.MkdirAll(filepath.Join(of, name), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(filepath.Join(of, name), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
