@@ -11,6 +11,8 @@ import (
 type Stat struct {
 	Mean, Min, Max float64
 	Count          int
+
+	sum float64
 }
 
 func (s *Stat) add(x float64) {
@@ -19,7 +21,8 @@ func (s *Stat) add(x float64) {
 	}
 	s.Min, s.Max = min(s.Min, x), max(s.Max, x) // NaN where one is
 	s.Count++
-	s.Mean += (x - s.Mean) / float64(s.Count)
+	s.sum += x
+	s.Mean = s.sum / float64(s.Count)
 }
 
 // Batch is what the replies of one site to the messages of one type in one round had in them: with one client its exact numbers,

@@ -321,7 +321,7 @@ func TestMessages(t *testing.T) {
 		}
 		w.mu.Lock()
 		defer w.mu.Unlock()
-		if len(w.batch) != 2 || w.batch[0].Replies != 9 || w.batch[0].Values["loss"] != (Stat{Mean: 1, Min: 0, Max: 2, Count: 9}) || w.batch[1].Values["loss"].Mean != 4 {
+		if len(w.batch) != 2 || w.batch[0].Replies != 9 || w.batch[0].Values["loss"] != (Stat{Mean: 1, Min: 0, Max: 2, Count: 9, sum: 9}) || w.batch[1].Values["loss"].Mean != 4 {
 			t.Errorf("%s: the replies came to %+v", isolation, w.batch)
 		}
 	}
