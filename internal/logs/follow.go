@@ -16,7 +16,7 @@ import (
 
 const (
 	// DefaultChunk is how many bytes Follow gives to its function at most, unless told otherwise.
-	DefaultChunk = 64 << 10
+	DefaultChunk = 256 << 10
 
 	// pollEvery is the longest a change stays unseen where the kernel does not tell of it: network file
 	// systems, a directory that does not exist yet, and users whose inotify instances are used up.
@@ -27,17 +27,26 @@ const (
 	turn = 16
 )
 
-// Follow gives the bytes of the file at path to fn, from offset on, in order, in pieces of at most
-// chunk bytes (0 = DefaultChunk), as the file grows; it waits for a file, or folder, that is not there yet. It ends
-// with nil once done is closed and fn has had everything that was in the file at that time, with
-// ctx's cause when ctx ends, and with fn's error. done may be nil. data is valid during the call only.
-// ErrTruncated (errors.Is) if the file is or becomes shorter than what was read.
-func Follow(ctx context.Context, path string, done <-chan struct{}, offset int64, chunk int, fn func(offset int64, data []byte) error) error {
+// Chunk is a piece of a log, with the times that were noted of its bytes. Skipped says how many bytes in front of it, which
+// were not given either, are no more.
+type Chunk struct {
+	Name    string
+	Offset  int64
+	Skipped int64
+	Data    []byte // valid during the call only
+	Times   []Time
+}
+
+// Follow gives the bytes of the log at path to fn, from offset on, in order, in pieces of at most
+// chunk bytes (0 = DefaultChunk), as the log grows; it waits for a log, or folder, that is not there yet. It ends
+// with nil once done is closed and fn has had everything that was in the log at that time, with
+// ctx's cause when ctx ends, and with fn's error. done may be nil.
+// ErrTruncated (errors.Is) if the log is or becomes shorter than what was read.
+func Follow(ctx context.Context, path string, done <-chan struct{}, offset int64, chunk int, fn func(Chunk) error) error {
 	base := filepath.Base(path)
 	f := &follower{
 		dir: filepath.Dir(path), chunk: chunk, only: base, notify: true,
-		offsets: map[string]int64{base: offset},
-		fn:      func(_ string, offset int64, data []byte) error { return fn(offset, data) },
+		offsets: map[string]int64{base: offset}, fn: fn,
 	}
 	return f.run(ctx, done)
 }
@@ -47,7 +56,7 @@ func Follow(ctx context.Context, path string, done <-chan struct{}, offset int64
 // file that it lacks; it is not changed. fn is called by one goroutine only, the caller's. A file that cannot
 // be read any more, or became shorter (ErrTruncated), does not hold back the others: it is left alone, and its
 // error comes with the end, joined to that of the end itself.
-func FollowDir(ctx context.Context, dir string, done <-chan struct{}, start map[string]int64, fn func(name string, offset int64, data []byte) error) error {
+func FollowDir(ctx context.Context, dir string, done <-chan struct{}, start map[string]int64, fn func(Chunk) error) error {
 	f := &follower{dir: dir, notify: true, offsets: maps.Clone(start), fn: fn}
 	if f.offsets == nil {
 		f.offsets = map[string]int64{}
@@ -68,7 +77,7 @@ type follower struct {
 	chunk   int
 	notify  bool // false: poll only, for tests
 	offsets map[string]int64
-	fn      func(name string, offset int64, data []byte) error
+	fn      func(Chunk) error
 
 	buf     []byte
 	watch   *fsnotify.Watcher // nil where there is none to be had
@@ -122,7 +131,7 @@ func (f *follower) run(ctx context.Context, done <-chan struct{}) (err error) {
 			return f.finish(ctx)
 		case <-again:
 		case e := <-events:
-			if name := filepath.Base(e.Name); f.follows(name) && !slices.Contains(dirty, name) {
+			if name, _, ok := parseSegment(filepath.Base(e.Name)); ok && f.follows(name) && !slices.Contains(dirty, name) {
 				dirty = append(dirty, name)
 			}
 			if e.Has(fsnotify.Remove|fsnotify.Rename) && filepath.Clean(e.Name) == filepath.Clean(f.dir) {
@@ -160,17 +169,11 @@ func (f *follower) all() ([]string, error) {
 	if f.only != "" {
 		return []string{f.only}, nil
 	}
-	entries, err := os.ReadDir(f.dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	all, err := list(f.dir)
+	if err != nil {
 		return nil, fmt.Errorf("follow logs: %w", err)
 	}
-	var names []string
-	for _, e := range entries {
-		if f.follows(e.Name()) && e.Type().IsRegular() {
-			names = append(names, e.Name())
-		}
-	}
-	return names, nil
+	return slices.Sorted(maps.Keys(all)), nil
 }
 
 // read gives each of the named files a turn and returns those that have more.
@@ -234,42 +237,102 @@ func (f *follower) file(ctx context.Context, name string, chunks int, end int64)
 }
 
 // pieces does what file says; own is an error of the file, err one of fn or the context.
-func (f *follower) pieces(ctx context.Context, name string, chunks int, end int64) (more bool, own, err error) {
-	path := filepath.Join(f.dir, name)
-	file, own := openRegular(path, os.O_RDONLY)
+func (f *follower) pieces(ctx context.Context, name string, chunks int, last int64) (more bool, own, err error) {
+	for chunks != 0 {
+		at := f.offsets[name]
+		segs, own := segments(f.dir, name)
+		if own != nil {
+			return false, fmt.Errorf("follow log: %w", own), nil
+		}
+		if len(segs) == 0 {
+			if f.only != "" { // a link or fifo in its place is to be told of
+				if _, own := fileSize(filepath.Join(f.dir, name)); own != nil {
+					return false, fmt.Errorf("follow log: %w", own), nil
+				}
+			}
+			if at > 0 {
+				return false, truncated(f.dir, name, at, 0), nil
+			}
+			return false, nil, nil
+		}
+		// The segment that has the byte, or is to have it; or else the first one behind the gap.
+		i := 0
+		for i+1 < len(segs) && segs[i+1].start <= at {
+			i++
+		}
+		n, moved, own, err := f.segment(ctx, name, segs, i, chunks, last)
+		if own != nil || err != nil {
+			return false, own, err
+		}
+		if chunks > 0 {
+			chunks -= n
+		}
+		if !moved {
+			return false, nil, nil
+		}
+	}
+	return true, nil, nil
+}
+
+// segment gives what the i-th segment has after the log's offset, or what comes behind it. It tells how many pieces it gave,
+// and whether there may be more in the log.
+func (f *follower) segment(ctx context.Context, name string, segs []segment, i, chunks int, last int64) (n int, more bool, own, err error) {
+	s, at := segs[i], f.offsets[name]
+	var skipped int64
+	file, own := openRegular(filepath.Join(f.dir, s.file), os.O_RDONLY)
 	switch {
+	case errors.Is(own, fs.ErrNotExist) && i+1 < len(segs):
+		return 0, true, nil, nil // just dropped: look again
 	case errors.Is(own, fs.ErrNotExist), errors.Is(own, errNotRegular) && f.only == "":
-		return false, nil, nil
+		return 0, false, nil, nil
 	case own != nil:
-		return false, fmt.Errorf("follow log: %w", own), nil
+		return 0, false, fmt.Errorf("follow log: %w", own), nil
 	}
 	defer file.Close()
 	info, own := file.Stat()
 	if own != nil {
-		return false, fmt.Errorf("follow log: %w", own), nil
+		return 0, false, fmt.Errorf("follow log: %w", own), nil
 	}
-	if at := f.offsets[name]; info.Size() < at {
-		return false, fmt.Errorf("follow %s from %d, which has %d bytes: %w", path, at, info.Size(), ErrTruncated), nil
+	if s.start > at { // the bytes in front of it are no more
+		skipped, at = s.start-at, s.start
+	} else if end := s.start + info.Size(); at > end && i+1 == len(segs) {
+		return 0, false, truncated(f.dir, name, at, end), nil
+	} else if at >= end && i+1 < len(segs) {
+		// It is at its end, and the log goes on.
+		next := segs[i+1].start
+		if last >= 0 && next >= last {
+			return 0, false, nil, nil
+		}
+		return f.segment(ctx, name, segs, i+1, chunks, last)
 	}
-	for ; chunks != 0; chunks-- {
+	for ; n < chunks || chunks < 0; n++ {
 		if ctx.Err() != nil {
-			return false, nil, context.Cause(ctx)
+			return n, false, nil, context.Cause(ctx)
 		}
-		at, buf := f.offsets[name], f.buf
-		if end >= 0 {
-			buf = buf[:min(int64(len(buf)), max(end-at, 0))]
+		buf := f.buf
+		if last >= 0 {
+			buf = buf[:min(int64(len(buf)), max(last-at, 0))]
 		}
-		data, own := readAt(file, buf, at)
+		data, own := readAt(file, buf, at-s.start)
 		if own != nil {
-			return false, fmt.Errorf("follow log: %w", own), nil
+			return n, false, fmt.Errorf("follow log: %w", own), nil
 		}
-		if len(data) == 0 {
-			return false, nil, nil
+		if len(data) == 0 && skipped == 0 {
+			return n, i+1 < len(segs) && (last < 0 || at < last), nil, nil
 		}
-		if err := f.fn(name, at, data); err != nil {
-			return false, nil, err
+		times, own := timesIn(f.dir, s.file, at, at+int64(len(data)))
+		if own != nil {
+			return n, false, fmt.Errorf("follow log: %w", own), nil
 		}
-		f.offsets[name] = at + int64(len(data))
+		if err := f.fn(Chunk{Name: name, Offset: at, Skipped: skipped, Data: data, Times: times}); err != nil {
+			return n, false, nil, err
+		}
+		at, skipped = at+int64(len(data)), 0
+		f.offsets[name] = at
 	}
-	return true, nil, nil
+	return n, true, nil, nil
+}
+
+func truncated(dir, name string, at, size int64) error {
+	return fmt.Errorf("follow %s from %d, which has %d bytes: %w", filepath.Join(dir, name), at, size, ErrTruncated)
 }

@@ -1,11 +1,13 @@
-// Package logs moves append-only log files from where a program writes them to where people read
-// them, by byte offset: what a file holds before an offset never changes, so whoever copies it needs
+// Package logs moves append-only logs from where a program writes them to where people read
+// them, by byte offset: what a log holds before an offset never changes, so whoever copies it needs
 // to remember one number to go on after any interruption with nothing lost and nothing doubled.
 //
-// It does not look at lines, does not rotate, and keeps no log in memory beyond one chunk. A file
-// that becomes shorter is an error, [ErrTruncated], never a reason to begin again.
+// A log that outgrows its share of a folder's quota loses bytes of its middle, in whole lines where
+// that can be; offsets go on counting them, and every reader is told how many are left out where. When
+// bytes were written is known to a second. No log is in memory beyond one chunk. A log that becomes
+// shorter is an error, [ErrTruncated], never a reason to begin again.
 //
-// Start with [FollowDir] at the writer's side and [Append] at the reader's.
+// Start with [Dir] at the writers' side, [FollowDir] and [OpenWhole] at the readers'; segments.go draws the files.
 package logs
 
 import (
@@ -17,8 +19,6 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/pergolafl/pergola/internal/problem"
 )
@@ -64,58 +64,98 @@ func isLog(name string) bool {
 	return strings.HasSuffix(name, ".txt") || strings.HasSuffix(name, ".log") || name == MetricsFile
 }
 
-// Open opens the log at path for reading; a link or anything else that is no regular file is refused.
+// Open opens a file for reading, for example a log's head; a link or anything else that is no regular file is refused.
 func Open(path string) (*os.File, error) { return openRegular(path, os.O_RDONLY) }
 
-// Append puts data at offset of the file at path, which it creates (mode 0600) if there is none; the
-// folder must exist. Bytes that the file has already are skipped, so a repeated call changes nothing.
-// It returns the file's length afterwards, also together with an error as far as it is known: with
-// ErrGap it is where the sender must go on from, after a write that failed (ENOSPC, recognisable by
-// errors.Is) it includes what was still written. Concurrent calls for one file, from any process, wait for
-// one another.
+// Append puts data at offset of the log at path, as [Dir.Append] does without a quota, times and gaps.
 func Append(path string, offset int64, data []byte) (newOffset int64, err error) {
-	if offset < 0 {
-		return 0, fmt.Errorf("append to %s: negative offset %d", path, offset)
-	}
-	f, err := openRegular(path, os.O_WRONLY|os.O_CREATE)
-	if err != nil {
-		return 0, fmt.Errorf("append to log: %w", err)
-	}
-	defer func() {
-		// Close gives late write errors on network file systems.
-		if e := f.Close(); e != nil && err == nil {
-			err = fmt.Errorf("append to log: %w", e)
-		}
-	}()
-	if err := lock(f); err != nil {
-		return 0, fmt.Errorf("lock log %s: %w", path, err)
-	}
-	info, err := f.Stat()
-	if err != nil {
-		return 0, fmt.Errorf("append to log: %w", err)
-	}
-	size := info.Size()
-	if offset > size {
-		return size, fmt.Errorf("append to %s at %d, which is %d bytes long: %w", path, offset, size, ErrGap)
-	}
-	have := size - offset
-	if have >= int64(len(data)) {
-		return size, nil
-	}
-	if _, err := f.WriteAt(data[have:], size); err != nil {
-		err = fmt.Errorf("append to log: %w", err)
-		// WriteAt leaves out of its count what the kernel still took before the error.
-		info, e := f.Stat()
-		if e != nil {
-			return size, errors.Join(err, e)
-		}
-		return info.Size(), err
-	}
-	return offset + int64(len(data)), nil
+	return Dir{Path: filepath.Dir(path)}.Append(filepath.Base(path), offset, 0, data, nil)
 }
 
-// Size gives the length of the log at path in bytes, 0 if there is none.
+// Append puts data at offset of a log, whose head it creates (mode 0600) if there is none; the folder must exist. Bytes that
+// the log has already are skipped, so a repeated call changes nothing. skipped says how many bytes in front of data will never
+// come: the log has a gap there. times are of bytes of data.
+//
+// It returns the log's end afterwards, also together with an error as far as it is known: with ErrGap it is where the sender
+// must go on from, after a write that failed (ENOSPC, recognisable by errors.Is) it includes what was still written.
+// Concurrent calls for one folder, from any process, wait for one another.
+func (d Dir) Append(name string, offset, skipped int64, data []byte, times []Time) (newOffset int64, err error) {
+	path := filepath.Join(d.Path, name)
+	if offset < 0 || skipped < 0 || skipped > offset {
+		return 0, fmt.Errorf("append to %s: impossible offset %d, %d skipped", path, offset, skipped)
+	}
+	l, err := d.lock()
+	if err != nil {
+		return 0, fmt.Errorf("lock log %s: %w", path, err)
+	}
+	defer l.Close()
+	segs, err := segments(d.Path, name)
+	if err != nil {
+		return 0, fmt.Errorf("append to log: %w", err)
+	}
+	have, err := end(d.Path, segs)
+	if err != nil {
+		return 0, fmt.Errorf("append to log: %w", err)
+	}
+	var w *writer
+	switch {
+	case offset > have && offset-skipped > have:
+		return have, fmt.Errorf("append to %s at %d, which is %d bytes long: %w", path, offset, have, ErrGap)
+	case offset > have:
+		if name == MetricsFile {
+			return have, fmt.Errorf("append to %s: it has no gaps: %w", path, ErrGap)
+		}
+		gaps, e := gapsOf(d.Path, segs)
+		if err = e; err == nil {
+			w, err = d.openSegment(name, segment{segmentFile(name, offset), offset})
+		}
+		if err == nil && d.OnGap != nil {
+			d.OnGap(name, Gap{have, offset}, len(gaps) == 0)
+		}
+	case have-offset >= int64(len(data)) && len(segs) > 0:
+		return have, nil
+	default:
+		w, err = d.open(name, segs)
+	}
+	if err != nil {
+		return have, fmt.Errorf("append to log: %w", err)
+	}
+	seg := w.seg
+	var new []Time
+	for _, t := range times {
+		if t.Offset >= w.end() {
+			new = append(new, t)
+		}
+	}
+	err = w.write(data[min(max(w.end()-offset, 0), int64(len(data))):], new)
+	if err == nil && w.seg != seg {
+		err = d.enforce()
+	}
+	newOffset = w.end()
+	if e := w.close(); err == nil {
+		err = e
+	}
+	if err != nil {
+		err = fmt.Errorf("append to log: %w", err)
+	}
+	return newOffset, err
+}
+
+// Size gives the offset at which the log at path ends, 0 if there is none.
 func Size(path string) (int64, error) {
+	dir, name := filepath.Split(path)
+	segs, err := segments(dir, name)
+	if err != nil {
+		return 0, err
+	}
+	if len(segs) == 0 { // a link or folder of that name is none
+		return fileSize(path)
+	}
+	return end(dir, segs)
+}
+
+// fileSize gives the length of a file, 0 if there is none.
+func fileSize(path string) (int64, error) {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -128,19 +168,16 @@ func Size(path string) (int64, error) {
 	return info.Size(), nil
 }
 
-// Sizes gives the lengths of the logs in dir by name, as FollowDir and a sender that was restarted
-// want them. A directory that does not exist has none.
+// Sizes gives the ends of the logs in dir by name, as FollowDir and a sender that was restarted want them. A directory that
+// does not exist has none.
 func Sizes(dir string) (map[string]int64, error) {
-	entries, err := os.ReadDir(dir)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	all, err := list(dir)
+	if err != nil {
 		return nil, err
 	}
 	sizes := map[string]int64{}
-	for _, e := range entries {
-		if !isLog(e.Name()) || !e.Type().IsRegular() {
-			continue
-		}
-		if sizes[e.Name()], err = Size(filepath.Join(dir, e.Name())); err != nil {
+	for name, segs := range all {
+		if sizes[name], err = end(dir, segs); err != nil {
 			return nil, err
 		}
 	}
@@ -168,16 +205,6 @@ func openRegular(path string, flag int) (*os.File, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
-}
-
-// lock waits for an exclusive lock on f, which closing f gives back.
-func lock(f *os.File) error {
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX)
-		if !errors.Is(err, syscall.EINTR) {
-			return err
-		}
-	}
 }
 
 // readAt fills buf from f at offset and gives what there was, nil at the end of the file.

@@ -274,7 +274,8 @@ func TestNothingLostNorDoubled(t *testing.T) {
 			if try < len(cuts) {
 				budget = cuts[try]
 			}
-			f := &follower{dir: from, chunk: chunk, notify: notify, offsets: start, fn: func(name string, offset int64, data []byte) error {
+			f := &follower{dir: from, chunk: chunk, notify: notify, offsets: start, fn: func(c Chunk) error {
+				name, offset, data := c.Name, c.Offset, c.Data
 				if budget == 0 {
 					return cut
 				}
@@ -311,8 +312,8 @@ func TestFollowSeesGrowth(t *testing.T) {
 			got := make(chan string)
 			ended := make(chan error, 1)
 			ctx, cancel := context.WithCancelCause(t.Context())
-			f := &follower{dir: filepath.Dir(path), only: "x.txt", notify: notify, offsets: map[string]int64{}, fn: func(_ string, offset int64, data []byte) error {
-				got <- fmt.Sprintf("%d %s", offset, data)
+			f := &follower{dir: filepath.Dir(path), only: "x.txt", notify: notify, offsets: map[string]int64{}, fn: func(c Chunk) error {
+				got <- fmt.Sprintf("%d %s", c.Offset, c.Data)
 				return nil
 			}}
 			go func() { ended <- f.run(ctx, nil) }()
@@ -342,8 +343,8 @@ func TestFollowEnds(t *testing.T) {
 	closed := make(chan struct{})
 	close(closed)
 	var got []string
-	collect := func(offset int64, data []byte) error {
-		got = append(got, fmt.Sprintf("%d %s", offset, data))
+	collect := func(c Chunk) error {
+		got = append(got, fmt.Sprintf("%d %s", c.Offset, c.Data))
 		return nil
 	}
 	must(t, Follow(t.Context(), path, closed, 0, 0, collect))
@@ -364,7 +365,7 @@ func TestFollowEnds(t *testing.T) {
 	// A function that ends the context is not called again.
 	ctx, cancel = context.WithCancel(t.Context())
 	calls := 0
-	err := Follow(ctx, path, closed, 0, 1, func(int64, []byte) error { calls++; cancel(); return nil })
+	err := Follow(ctx, path, closed, 0, 1, func(Chunk) error { calls++; cancel(); return nil })
 	if calls != 1 || !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled by its function: %d calls, %v", calls, err)
 	}
@@ -377,8 +378,8 @@ func TestFollowEndless(t *testing.T) {
 	done := make(chan struct{})
 	size := int64(1)
 	other := false
-	must(t, FollowDir(t.Context(), dir, done, nil, func(name string, offset int64, data []byte) error {
-		if name == "other.txt" {
+	must(t, FollowDir(t.Context(), dir, done, nil, func(c Chunk) error {
+		if c.Name == "other.txt" {
 			other = true
 			close(done)
 		}
@@ -405,8 +406,8 @@ func TestFollowDirGoesOnWithoutABrokenFile(t *testing.T) {
 	close(closed)
 	start := map[string]int64{"a.txt": 5}
 	got := map[string]string{}
-	err := FollowDir(t.Context(), dir, closed, start, func(name string, _ int64, data []byte) error {
-		got[name] += string(data)
+	err := FollowDir(t.Context(), dir, closed, start, func(c Chunk) error {
+		got[c.Name] += string(c.Data)
 		return nil
 	})
 	if !errors.Is(err, ErrTruncated) || !strings.Contains(err.Error(), "a.txt") {
