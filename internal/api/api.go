@@ -38,8 +38,12 @@ const Protocol = 1
 // 1 MiB at most, and a job's settings 1 MiB.
 const MaxMessage = 4 << 20
 
-// MaxChunk is the most bytes of a bundle or a log in one message.
+// MaxChunk is the most bytes of a bundle or a log in one message of a stream.
 const MaxChunk = 1 << 20
+
+// MaxUpload is the most bytes of a bundle in one call. Each is answered when it is on the hub's disk, so this is what a cut
+// costs at most, and what goes over the wire in one round trip.
+const MaxUpload = 3 << 20
 
 // Client calls the services of one hub, or of one runner.
 type Client struct {

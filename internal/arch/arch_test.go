@@ -30,6 +30,7 @@ const (
 // layer has every package below internal/, named from there. A package imports lower layers only.
 var layer = map[string]int{
 	"arch":    0,
+	"keyed":   0,
 	"problem": 0,
 	"redact":  0,
 	"sock":    0,

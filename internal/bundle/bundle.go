@@ -40,10 +40,9 @@ const (
 	appName      = "app"
 )
 
-// What an app may be unless Input or Limits say otherwise: code, not data. Both are far above any Flower app
-// and far below what a person would wait for.
+// What an app may be unless Input or Limits say otherwise: code, and a model to begin with, not data.
 const (
-	DefaultMaxBytes = 512 << 20
+	DefaultMaxBytes = 4 << 30
 	DefaultMaxFiles = 20_000 // files and folders together
 )
 

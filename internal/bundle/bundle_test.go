@@ -316,7 +316,7 @@ func TestHugeIsRefusedUnread(t *testing.T) {
 	must(t, f.Truncate(8<<40)) // sparse; reading it would take an hour
 	must(t, f.Close())
 	_, err = Build(dir, testInput)
-	wantProblem(t, err, problem.AppInvalid, `"data.bin" (8.0 TiB)`, "the limit is 512 MiB")
+	wantProblem(t, err, problem.AppInvalid, `"data.bin" (8.0 TiB)`, "the limit is 4.0 GiB")
 }
 
 func TestUnreadable(t *testing.T) {

@@ -83,6 +83,29 @@ func Extract(r io.Reader, dst, wantDigest string, lim Limits) (_ *Manifest, err 
 	return m, nil
 }
 
+// Check reads a bundle as Extract does, and writes nothing. Its errors are those of Extract.
+func Check(r io.Reader, wantDigest string, lim Limits) (*Manifest, error) {
+	source := &sourceReader{r: r}
+	x := &extractor{buf: make([]byte, 256<<10)}
+	m, err := x.run(source, wantDigest, lim.orDefaults())
+	if source.err != nil {
+		return nil, fmt.Errorf("read bundle: %w", source.err)
+	}
+	return m, err
+}
+
+// space refuses what cannot fit before anything of it is written.
+func space(dir string, need int64) error {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil || st.Blocks == 0 {
+		return nil // not every file system tells; writing will
+	}
+	if free := uint64(st.Bavail) * uint64(st.Bsize); need > 0 && uint64(need) > free {
+		return fmt.Errorf("%d bytes are to be written, and %d are free: %w", need, free, syscall.ENOSPC)
+	}
+	return nil
+}
+
 func diskProblem(err error, dst string) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		return problem.Wrap(err, problem.DiskFull, "free some space there", "there is no space left where the bundle is unpacked, %s", dst)
@@ -140,7 +163,7 @@ func claim(partial string) (_ *os.Root, release func(), err error) {
 }
 
 type extractor struct {
-	root *os.Root
+	root *os.Root // nil: nothing is written
 	dst  string
 	tar  *tar.Reader
 	buf  []byte
@@ -165,6 +188,11 @@ func (x *extractor) run(r io.Reader, wantDigest string, lim Limits) (*Manifest, 
 	m, err := ParseManifest(encoded, lim)
 	if err != nil {
 		return nil, invalid("%v", err)
+	}
+	if x.root != nil {
+		if err := space(filepath.Dir(x.dst), m.Size()); err != nil {
+			return nil, diskProblem(err, x.dst)
+		}
 	}
 	if _, err := x.part(lockName, &m.Lock, MaxPart); err != nil {
 		return nil, err
@@ -192,7 +220,7 @@ func (x *extractor) run(r io.Reader, wantDigest string, lim Limits) (*Manifest, 
 	}
 	// Links come last: there is none while files are being written.
 	for _, e := range m.Files {
-		if e.Kind == Link {
+		if e.Kind == Link && x.root != nil {
 			if err := x.root.Symlink(e.Target, filepath.FromSlash(path.Join(appName, e.Path))); err != nil {
 				return nil, diskProblem(err, x.dst)
 			}
@@ -278,6 +306,9 @@ func (x *extractor) entry(e Entry) error {
 }
 
 func (x *extractor) mkdir(name string) error {
+	if x.root == nil {
+		return nil
+	}
 	if err := x.root.MkdirAll(filepath.FromSlash(name), 0o755); err != nil {
 		return diskProblem(err, x.dst)
 	}
@@ -286,6 +317,12 @@ func (x *extractor) mkdir(name string) error {
 
 // write makes a new file of what r has.
 func (x *extractor) write(name string, mode fs.FileMode, r io.Reader) (n int64, err error) {
+	if x.root == nil {
+		if n, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, r, x.buf); err != nil {
+			err = invalid("it is damaged in %q: %v", name, err)
+		}
+		return n, err
+	}
 	f, err := x.root.OpenFile(filepath.FromSlash(name), os.O_WRONLY|os.O_CREATE|os.O_EXCL, mode)
 	if err != nil {
 		return 0, diskProblem(err, x.dst)

@@ -13,7 +13,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -30,7 +29,6 @@ import (
 	"github.com/pergolafl/pergola/internal/client"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/localrun"
-	"github.com/pergolafl/pergola/internal/logs"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -356,49 +354,6 @@ func (h *hubCommand) telling() client.Following {
 	}
 }
 
-// lines cuts pieces of logs into lines.
-type lines struct {
-	rest map[string][]byte
-	fn   func(party, program, text string) error
-}
-
-// maxPending bounds a line that does not end.
-const maxPending = 1 << 20
-
-func (l *lines) add(party, file string, data []byte) error {
-	if file == logs.MetricsFile {
-		return nil
-	}
-	key := party + "/" + file
-	b := append(l.rest[key], data...)
-	for {
-		line, after, ok := bytes.Cut(b, []byte{'\n'})
-		if !ok {
-			break
-		}
-		program, text := localrun.Shown(file, line)
-		if err := l.fn(party, program, text); err != nil {
-			return err
-		}
-		b = after
-	}
-	l.rest[key] = slices.Clone(b[:min(len(b), maxPending)])
-	return nil
-}
-
-// end gives the last lines that have no end.
-func (l *lines) end() error {
-	for key, b := range l.rest {
-		if party, file, _ := strings.Cut(key, "/"); len(b) > 0 {
-			program, text := localrun.Shown(file, b)
-			if err := l.fn(party, program, text); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
 func logLine(id job.ID, party, program, text string) localrun.Event {
 	b, err := json.Marshal(struct {
 		Program string `json:"program"`
@@ -437,9 +392,9 @@ func followJob(ctx context.Context, c *api.Client, id string, event func(job.Eve
 		return f.Watch(gctx, c, id, 0, false, func(e job.Event) error { return put(item{event: &e}) })
 	})
 	g.Go(func() error {
-		l := &lines{rest: map[string][]byte{}, fn: func(p, prog, t string) error { return put(item{log: [3]string{p, prog, t}}) }}
+		l := newLines(func(l logged) error { return put(item{log: [3]string{l.Party, l.Program, l.Line}}) })
 		// The events' follower tells when the hub is away.
-		if err := (client.Following{}).Tail(gctx, c, id, nil, false, l.add); err != nil {
+		if err := (client.Following{}).Tail(gctx, c, &pb.TailLogsRequest{Id: id}, l.add); err != nil {
 			return err
 		}
 		return l.end()
@@ -460,51 +415,6 @@ func followJob(ctx context.Context, c *api.Client, id string, event func(job.Eve
 		}
 	}
 	return <-done
-}
-
-func newLogs(e env) *cobra.Command {
-	h := &hubCommand{env: e}
-	var follow bool
-	var parties []string
-	c := &cobra.Command{
-		Use: "logs JOB", Short: "Show the log lines of a job's programs",
-		Long: `Logs shows what the programs of a job have written, at the hub (party hub) and at the sites, each line with the program and
-the party that it is of. With --follow it goes on until the job is over, also when the hub is away for a while.`,
-		Example: "  pergola logs 01k9 --follow\n  pergola logs 01k9 --party st-anna\n  pergola logs 01k9 --party hub --json",
-		Args:    exactArgs(1, "a job's id, or the beginning of it"), ValidArgsFunction: completeJobs,
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return h.with(cmd.Context(), func(ctx context.Context, c *api.Client) error {
-				res, err := c.Jobs.GetJob(ctx, &pb.GetJobRequest{Id: args[0]})
-				if err != nil {
-					return err
-				}
-				id := res.GetJob().GetId()
-				enc := json.NewEncoder(e.stdout)
-				l := &lines{rest: map[string][]byte{}, fn: func(party, program, text string) error {
-					if h.json {
-						return enc.Encode(struct {
-							Party   string `json:"party"`
-							Program string `json:"program"`
-							Line    string `json:"line"`
-						}{party, program, text})
-					}
-					_, err := fmt.Fprintf(e.stdout, "[%s@%s] %s\n", program, party, text)
-					return err
-				}}
-				if err := h.telling().Tail(ctx, c, id, parties, !follow, l.add); err != nil {
-					return unlessInterrupted(ctx, err)
-				}
-				return l.end()
-			})
-		},
-	}
-	c.Flags().BoolVarP(&follow, "follow", "f", false, "go on until the job is over")
-	c.Flags().StringSliceVar(&parties, "party", nil, "only these parties: hub, or sites' names")
-	must(c.RegisterFlagCompletionFunc("party", func(cmd *cobra.Command, args []string, typed string) ([]string, cobra.ShellCompDirective) {
-		names, d := completeSites(cmd, args, typed)
-		return append(names, job.HubParty), d
-	}))
-	return h.add(c, "one JSON object a line")
 }
 
 func newAbort(e env) *cobra.Command {

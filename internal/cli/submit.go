@@ -200,7 +200,7 @@ func (f *submitFlags) prepared(ctx context.Context, c *api.Client, dir string, o
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := prepare.Upload(ctx, c, packed); err != nil {
+	if err := prepare.Upload(ctx, c, packed, tell); err != nil {
 		return nil, nil, err
 	}
 	key := f.key

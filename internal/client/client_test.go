@@ -184,11 +184,11 @@ func TestFollowing(t *testing.T) {
 		t.Errorf("away %d times, back %d times", away, back)
 	}
 	var got strings.Builder
-	if err := f.Tail(t.Context(), c, "01", nil, false, func(party, file string, data []byte) error {
-		if party != "hub" || file != "a.txt" {
-			t.Errorf("a piece of %s/%s", party, file)
+	if err := f.Tail(t.Context(), c, &pb.TailLogsRequest{Id: "01"}, func(ch *pb.LogChunk) error {
+		if ch.GetParty() != "hub" || ch.GetFile() != "a.txt" || ch.GetSkipped() != 0 {
+			t.Errorf("a piece of %s/%s, %d skipped", ch.GetParty(), ch.GetFile(), ch.GetSkipped())
 		}
-		got.Write(data)
+		got.Write(ch.GetData())
 		return nil
 	}); err != nil {
 		t.Error(err)

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
@@ -116,12 +117,15 @@ func (f Following) Watch(ctx context.Context, c *api.Client, id string, after in
 // ended is the caller's own end of what it follows.
 type ended struct{ error }
 
-// Tail gives each piece of the logs of a job's parties (none: all) to fn, each byte once and each file in order, until the job is over; with
-// once, only what there is. It goes on where it was when the connection breaks. An error of fn ends it.
-func (f Following) Tail(ctx context.Context, c *api.Client, id string, parties []string, once bool, fn func(party, file string, data []byte) error) error {
+// Tail gives each piece of the logs that req asks for to fn, each byte once and each log in order, until the job is over; with
+// once, only what there is. Where bytes are not kept, a piece says so. It goes on where it was when the connection breaks. An error
+// of fn ends it.
+func (f Following) Tail(ctx context.Context, c *api.Client, req *pb.TailLogsRequest, fn func(*pb.LogChunk) error) error {
+	req = proto.CloneOf(req)
 	have := map[string]int64{}
 	return f.follow(ctx, func() (came bool, err error) {
-		s, err := c.Jobs.TailLogs(ctx, &pb.TailLogsRequest{Id: id, Parties: parties, Offsets: have, Once: once})
+		req.Offsets = have
+		s, err := c.Jobs.TailLogs(ctx, req)
 		if err != nil {
 			return false, err
 		}
@@ -135,17 +139,27 @@ func (f Following) Tail(ctx context.Context, c *api.Client, id string, parties [
 				return came, err
 			}
 			came = true
-			ch := m.GetChunk()
-			key := ch.GetParty() + "/" + ch.GetFile()
-			data := ch.GetData()
-			if skip := have[key] - ch.GetOffset(); skip > 0 {
-				data = data[min(skip, int64(len(data))):]
+			for key, n := range m.GetBegins() {
+				have[key] = n
 			}
-			have[key] = max(have[key], ch.GetOffset()+int64(len(ch.GetData())))
-			if len(data) == 0 {
+			ch := m.GetChunk()
+			if ch == nil {
+				// Where to begin was found out once: logs that appear from now on are wanted whole.
+				req.Since, req.Ago, req.Lines = nil, nil, nil
 				continue
 			}
-			if err := fn(ch.GetParty(), ch.GetFile(), data); err != nil {
+			key := ch.GetParty() + "/" + ch.GetFile()
+			end := ch.GetOffset() + int64(len(ch.GetData()))
+			if skip := have[key] - ch.GetOffset(); skip > 0 {
+				skip = min(skip, int64(len(ch.GetData())))
+				ch.Data, ch.Offset = ch.GetData()[skip:], ch.GetOffset()+skip
+			}
+			ch.Skipped = max(ch.GetOffset()-have[key], 0)
+			have[key] = max(have[key], end)
+			if len(ch.GetData()) == 0 && ch.GetSkipped() == 0 {
+				continue
+			}
+			if err := fn(ch); err != nil {
 				return came, ended{err}
 			}
 		}

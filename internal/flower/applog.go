@@ -2,6 +2,7 @@ package flower
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,7 +13,7 @@ import (
 // program's: file, echo, parser and the last lines. It is used by one goroutine at a time.
 type appLog struct {
 	s       *Server
-	file    *os.File
+	file    io.WriteCloser
 	parser  *parser
 	partial strings.Builder
 	tail    []string
@@ -26,11 +27,18 @@ const (
 
 func (s *Server) newAppLog() *appLog {
 	l := &appLog{s: s, parser: newParser(ProgramServerApp)}
-	var err error
-	l.file, err = os.OpenFile(filepath.Join(s.cfg.LogDir, ServerAppLog), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	open := s.cfg.OpenLog
+	if open == nil {
+		open = func(path string) (io.WriteCloser, error) {
+			return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+		}
+	}
+	f, err := open(filepath.Join(s.cfg.LogDir, ServerAppLog))
 	if err != nil {
 		l.failed(err)
+		return l
 	}
+	l.file = f
 	return l
 }
 
@@ -58,7 +66,7 @@ func (l *appLog) flush() {
 	}
 	line = strings.TrimRight(line, "\r")
 	if l.file != nil {
-		if _, err := l.file.WriteString(line + "\n"); err != nil {
+		if _, err := io.WriteString(l.file, line+"\n"); err != nil {
 			l.failed(err)
 			_ = l.file.Close() // the write's error was reported
 			l.file = nil

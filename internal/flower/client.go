@@ -39,6 +39,7 @@ type ClientConfig struct {
 	Echo       io.Writer
 	OnEvent    func(Event)
 	OnLogError func(error)
+	OpenLog    func(path string) (io.WriteCloser, error) // opens a log in LogDir to append to it; nil: a file
 }
 
 // Client is a running supernode.
@@ -82,7 +83,7 @@ func StartClient(ctx context.Context, cfg ClientConfig) (*Client, error) {
 		return nil, problem.Wrap(err, problem.Usage, "write it as host:port", "the superlink's address %q cannot be used", cfg.Superlink)
 	}
 	c := &Client{done: make(chan struct{})}
-	if c.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError, cfg.IP, superlink); err != nil {
+	if c.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.OpenLog, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError, cfg.IP, superlink); err != nil {
 		return nil, err
 	}
 	if caps.Generation == GenDriver {

@@ -161,6 +161,7 @@ type party struct {
 	inst       *Installation
 	dir        string // working directory of the programs
 	logDir     string
+	openLog    func(path string) (io.WriteCloser, error)
 	env        []string
 	name       string // for the echo's prefix
 	echo       io.Writer
@@ -168,14 +169,14 @@ type party struct {
 	events     *emitter
 }
 
-func newParty(inst *Installation, appDir, logDir, home string, env []string, name string, echo io.Writer, onEvent func(Event), onLogError func(error), direct ...string) (*party, error) {
+func newParty(inst *Installation, appDir, logDir, home string, openLog func(string) (io.WriteCloser, error), env []string, name string, echo io.Writer, onEvent func(Event), onLogError func(error), direct ...string) (*party, error) {
 	for _, dir := range []string{logDir, home} {
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return nil, problem.Wrap(err, codeOf(err), "make room, or choose another directory", "the directory %s cannot be made", dir)
 		}
 	}
 	return &party{
-		inst: inst, dir: appDir, logDir: logDir, env: programEnv(env, inst.Bin, home, direct...), name: name, echo: echo,
+		inst: inst, dir: appDir, logDir: logDir, openLog: openLog, env: programEnv(env, inst.Bin, home, direct...), name: name, echo: echo,
 		onLogError: onLogError, events: &emitter{fn: onEvent},
 	}, nil
 }
@@ -186,7 +187,7 @@ func (p *party) start(name, log, prefix string, args []string, onLine func(strin
 		prefix += "@" + p.name
 	}
 	process, err := proc.Start(proc.Spec{
-		Name: name, Args: args, Dir: p.dir, Env: p.env, Log: filepath.Join(p.logDir, log), Prefix: prefix, Echo: p.echo,
+		Name: name, Args: args, Dir: p.dir, Env: p.env, Log: filepath.Join(p.logDir, log), OpenLog: p.openLog, Prefix: prefix, Echo: p.echo,
 		OnLine: func(line string) { onLine(plain(line)) }, OnLogError: p.onLogError, Files: files,
 	})
 	if err != nil {

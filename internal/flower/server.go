@@ -44,6 +44,7 @@ type ServerConfig struct {
 	Echo         io.Writer     // nil: no echo
 	OnEvent      func(Event)
 	OnLogError   func(error)
+	OpenLog      func(path string) (io.WriteCloser, error) // opens a log in LogDir to append to it; nil: a file
 }
 
 // Server is a running superlink, and its server app once RunApp was called.
@@ -95,7 +96,7 @@ func StartServer(ctx context.Context, cfg ServerConfig) (*Server, error) {
 	if s.args, s.over, err = serverArgs(cfg); err != nil {
 		return nil, err
 	}
-	s.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError, cfg.IP)
+	s.party, err = newParty(cfg.Install, cfg.AppDir, cfg.LogDir, cfg.FlwrHome, cfg.OpenLog, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError, cfg.IP)
 	if err != nil {
 		return nil, err
 	}

@@ -42,7 +42,7 @@ type control struct {
 	enough   time.Time           // since when as many sites as the job needs are connected, or ready
 	ready    map[string]bool     // parties that have been ready in their present attempt
 	told     map[int64]bool      // what once has stored
-	exported bool                // the metrics, or it was tried
+	exported bool                // sumUp was done
 
 	mu     sync.Mutex   // guards the rest
 	want   *runner.Want // of the hub's own party
@@ -681,7 +681,7 @@ func (c *control) stopping(ctx context.Context, j job.Job, ps []job.Party, due *
 		}
 	}
 	if len(all) == 0 {
-		c.exportMetrics(ctx, j, ps)
+		c.sumUp(ctx, j, ps)
 		return c.hub.db.Move(ctx, j.ID, j.State.Outcome(j.Cause), j.Cause, "", due.wall)
 	}
 	if due.passed(c.ending, stopPatience) {
@@ -719,10 +719,13 @@ func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job, h
 		if err := os.MkdirAll(dir, 0o700); err != nil {
 			return diskProblem(err)
 		}
+		if err := c.hub.unpacked(ctx, j.Bundle); err != nil {
+			return diskProblem(err)
+		}
 		hd, err = runner.Start(dir, runner.Spec{
 			Attempt: attempt,
 			Job:     c.id, Party: job.HubParty, Count: len(j.Spec.Sites), Spec: j.Spec,
-			Bundle: c.hub.bundleDir(j.Bundle), Logs: c.hub.logDir(c.id, job.HubParty), Results: filepath.Join(c.hub.jobDir(c.id), "results"),
+			Bundle: c.hub.bundleDir(j.Bundle), Logs: c.hub.logDir(c.id, job.HubParty), LogQuota: c.hub.logQuota(j).Bytes(), Results: filepath.Join(c.hub.jobDir(c.id), "results"),
 			Cache: c.hub.conf.Cache, Python: c.hub.conf.Python, Existing: c.hub.conf.Existing, Apps: c.hub.conf.Apps, Mark: mark,
 		})
 	}

@@ -27,6 +27,7 @@ import (
 	"github.com/pergolafl/pergola/internal/clock"
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/keyed"
 	"github.com/pergolafl/pergola/internal/link"
 	"github.com/pergolafl/pergola/internal/monitor"
 	"github.com/pergolafl/pergola/internal/pki"
@@ -48,6 +49,7 @@ type Config struct {
 	Cache     string       `toml:"cache"`      // environments; "" = the user's cache folder
 	Apps      string       `toml:"apps"`       // folder with apps that lie ready, for a job's server.app-path; "" = none
 	SiteGrace job.Duration `toml:"site-grace"` // how long a site's agent may be away in a job; default the job's outage-tolerance
+	LogQuota  job.Size     `toml:"log-quota"`  // the most that is kept of each party's logs in a job; default: as the job says
 	Store     string       `toml:"store"`      // postgres://…; "" = a file in the hub's directory
 	Mark      string       `toml:"mark"`       // begins the marks of this hub's programs; default "hub"
 
@@ -73,6 +75,8 @@ type Hub struct {
 
 	clock  *clock.Clock
 	opened time.Time // sites that have not been seen since then are away since then
+
+	locks keyed.Locks // of bundles, by digest, and of uploads, by path
 
 	changed store.Fanout // sites that came and went, under the job id ""
 	watched
@@ -165,6 +169,9 @@ func (c *Config) check() error {
 	}
 	if c.Mark == "" {
 		c.Mark = "hub"
+	}
+	if c.LogQuota > 0 && c.LogQuota < job.MinLogQuota {
+		return problem.New(problem.Usage, "give "+job.MinLogQuota.String()+" or more", "log-quota of hub.toml is %s, which is too little", c.LogQuota)
 	}
 	for i, s := range c.Sites {
 		if err := job.CheckName("site", s); err != nil {

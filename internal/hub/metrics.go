@@ -11,13 +11,19 @@ import (
 	"github.com/pergolafl/pergola/internal/metrics"
 )
 
-// exportMetrics makes files of what the app's code logged at all parties, for the job's results, once all has arrived. The
-// lines stay where they are, so that nothing is lost if it fails: that is a warning, not the job's end.
-func (c *control) exportMetrics(ctx context.Context, j job.Job, ps []job.Party) {
+// sumUp does, once, what is to be done when all parties have ended, before the job's last move.
+func (c *control) sumUp(ctx context.Context, j job.Job, ps []job.Party) {
 	if c.exported {
 		return
 	}
 	c.exported = true
+	c.exportMetrics(ctx, j, ps)
+	c.tellGaps(ctx, j, ps)
+}
+
+// exportMetrics makes files of what the app's code logged at all parties, for the job's results, once all has arrived. The
+// lines stay where they are, so that nothing is lost if it fails: that is a warning, not the job's end.
+func (c *control) exportMetrics(ctx context.Context, j job.Job, ps []job.Party) {
 	var from []metrics.Source
 	for _, p := range ps {
 		from = append(from, metrics.Source{Site: p.Name, Path: filepath.Join(c.hub.logDir(j.ID, p.Name), logs.MetricsFile)})

@@ -34,6 +34,11 @@ func (s jobService) ResubmitJob(ctx context.Context, req *pb.ResubmitJobRequest)
 	if err != nil {
 		return nil, err
 	}
+	release, err := s.holdBundles()
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	if _, err := s.db.Bundle(ctx, old.Bundle); err != nil {
 		return nil, err
 	}

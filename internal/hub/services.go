@@ -5,9 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -19,9 +16,7 @@ import (
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
-	"github.com/pergolafl/pergola/internal/bundle"
 	"github.com/pergolafl/pergola/internal/job"
-	"github.com/pergolafl/pergola/internal/logs"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/runner"
@@ -59,6 +54,11 @@ func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*p
 	if err := checkDigest(req.GetBundleDigest()); err != nil {
 		return nil, err
 	}
+	release, err := s.holdBundles()
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	if _, err := s.db.Bundle(ctx, req.GetBundleDigest()); err != nil {
 		return nil, err
 	}
@@ -75,6 +75,7 @@ func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*p
 		return nil, err
 	}
 	spec = spec.WithDefaults()
+	spec.LogQuota = spec.LogQuota.Least(s.conf.LogQuota)
 	if err := s.enrolled(ctx, spec.Sites); err != nil {
 		return nil, err
 	}
@@ -301,7 +302,7 @@ func (s jobService) TailLogs(ctx context.Context, req *pb.TailLogsRequest, out p
 	if len(req.GetParties()) > 0 {
 		ps = slices.DeleteFunc(ps, func(p job.Party) bool { return !slices.Contains(req.GetParties(), p.Name) })
 	}
-	return s.tail(ctx, j, ps, req, func(c *pb.LogChunk) error { return out.Send(&pb.TailLogsResponse{Chunk: c}) })
+	return s.tail(ctx, j, ps, req, out.Send)
 }
 
 // ListSites implements the API.
@@ -321,101 +322,6 @@ func (s jobService) ListSites(ctx context.Context, req *pb.ListSitesRequest) (*p
 	return out, nil
 }
 
-type bundleService struct{ *Hub }
-
-// mayRead tells whether the caller may read a bundle: users may, and sites that have a part in a job of it.
-func (h *Hub) mayRead(ctx context.Context, digest string) error {
-	who, err := caller(ctx, pki.KindUser, pki.KindSite)
-	if err != nil {
-		return err
-	}
-	if err := checkDigest(digest); err != nil || who.Kind == pki.KindUser {
-		return err
-	}
-	js, err := h.unfinished(ctx)
-	if err != nil {
-		return err
-	}
-	for _, j := range js {
-		if j.Bundle == digest && slices.Contains(j.Spec.Sites, who.Name) {
-			return nil
-		}
-	}
-	return problem.New(problem.Denied, "", "site %s has no part in a job of bundle %s", who.Name, digest)
-}
-
-// HasBundle implements the API.
-func (s bundleService) HasBundle(ctx context.Context, req *pb.HasBundleRequest) (*pb.HasBundleResponse, error) {
-	if err := s.mayRead(ctx, req.GetDigest()); err != nil {
-		return nil, err
-	}
-	_, err := s.db.Bundle(ctx, req.GetDigest())
-	if problem.CodeOf(err) == problem.NotFound {
-		return &pb.HasBundleResponse{}, nil
-	}
-	return &pb.HasBundleResponse{Present: err == nil}, err
-}
-
-// maxPacked is the most bytes of a packed bundle that an upload may bring; what it unpacks to has limits of its own.
-const maxPacked = 4 << 30
-
-// UploadBundle implements the API.
-func (s bundleService) UploadBundle(ctx context.Context, in pergolav1connect.BundleServiceUploadBundleServerStream) (*pb.UploadBundleResponse, error) {
-	if _, err := caller(ctx, pki.KindUser); err != nil {
-		return nil, err
-	}
-	f, err := os.CreateTemp(filepath.Join(s.dir, "bundles"), ".upload-*")
-	if err != nil {
-		return nil, diskProblem(err)
-	}
-	defer func() { _ = os.Remove(f.Name()) }() // it was renamed if all went well
-	defer f.Close()
-	var digest string
-	var size int64
-	for {
-		m, err := in.Receive()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return nil, err
-		}
-		if digest == "" {
-			if err := checkDigest(m.GetDigest()); err != nil {
-				return nil, err
-			}
-			digest = m.GetDigest()
-		}
-		if size += int64(len(m.GetData())); size > maxPacked {
-			return nil, problem.New(problem.BundleInvalid, "leave data out of the app's directory", "a bundle may have %d bytes at most", int64(maxPacked))
-		}
-		if _, err := f.Write(m.GetData()); err != nil {
-			return nil, diskProblem(err)
-		}
-	}
-	if digest == "" {
-		return nil, problem.New(problem.Usage, "", "the upload has no digest")
-	}
-	if err := f.Sync(); err != nil {
-		return nil, diskProblem(err)
-	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
-		return nil, err
-	}
-	if _, err := os.Stat(s.bundleDir(digest)); os.IsNotExist(err) {
-		if _, err := bundle.Extract(f, s.bundleDir(digest), digest, bundle.Limits{}); err != nil {
-			return nil, diskProblem(err)
-		}
-	}
-	if err := os.Rename(f.Name(), s.bundlePath(digest)); err != nil {
-		return nil, err
-	}
-	if err := s.db.PutBundle(ctx, digest, size, time.Now()); err != nil {
-		return nil, err
-	}
-	return &pb.UploadBundleResponse{Digest: digest, SizeBytes: size}, nil
-}
-
 func diskProblem(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		p := problem.Wrap(err, problem.DiskFull, "make room on the hub's disk", "the hub has no space left")
@@ -427,36 +333,6 @@ func diskProblem(err error) error {
 
 func isShortage(err error) bool {
 	return errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) || errors.Is(err, syscall.ENOBUFS) || errors.Is(err, syscall.ENOMEM) || errors.Is(err, syscall.ECONNABORTED)
-}
-
-// DownloadBundle implements the API.
-func (s bundleService) DownloadBundle(ctx context.Context, req *pb.DownloadBundleRequest, out pergolav1connect.BundleServiceDownloadBundleServerStream) error {
-	if err := s.mayRead(ctx, req.GetDigest()); err != nil {
-		return err
-	}
-	f, err := os.Open(s.bundlePath(req.GetDigest()))
-	if err != nil {
-		return problem.New(problem.NotFound, "upload it first", "the hub has no bundle %s", req.GetDigest())
-	}
-	defer f.Close()
-	if _, err := f.Seek(req.GetOffset(), io.SeekStart); err != nil {
-		return problem.New(problem.Usage, "", "cannot begin at byte %d", req.GetOffset())
-	}
-	buf := make([]byte, api.MaxChunk)
-	for {
-		n, err := io.ReadFull(f, buf)
-		if n > 0 {
-			if err := out.Send(&pb.DownloadBundleResponse{Data: buf[:n]}); err != nil {
-				return err
-			}
-		}
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
 }
 
 type siteService struct{ *Hub }
@@ -657,35 +533,4 @@ func (s siteService) IssueCertificate(ctx context.Context, req *pb.IssueCertific
 		return nil, err
 	}
 	return &pb.IssueCertificateResponse{CertificatePem: string(cert)}, nil
-}
-
-// GetLogOffsets implements the API.
-func (s siteService) GetLogOffsets(ctx context.Context, req *pb.GetLogOffsetsRequest) (*pb.GetLogOffsetsResponse, error) {
-	j, name, err := s.part(ctx, req.GetJobId())
-	if err != nil {
-		return nil, err
-	}
-	m, err := logs.Sizes(s.logDir(j.ID, name))
-	return &pb.GetLogOffsetsResponse{Offsets: m}, err
-}
-
-// PushLogs implements the API.
-func (s siteService) PushLogs(ctx context.Context, req *pb.PushLogsRequest) (*pb.PushLogsResponse, error) {
-	for _, c := range req.GetChunks() {
-		j, name, err := s.part(ctx, c.GetJobId())
-		if err != nil {
-			return nil, err
-		}
-		if err := logs.ValidName(c.GetFile()); err != nil {
-			return nil, problem.New(problem.Usage, "", "%v", err)
-		}
-		dir := s.logDir(j.ID, name)
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return nil, s.endIfFull(j.ID, diskProblem(err))
-		}
-		if _, err := logs.Append(filepath.Join(dir, c.GetFile()), c.GetOffset(), c.GetData()); err != nil {
-			return nil, s.endIfFull(j.ID, diskProblem(err))
-		}
-	}
-	return &pb.PushLogsResponse{}, nil
 }

@@ -150,17 +150,16 @@ func (s *served) upload(c *api.Client) string {
 }
 
 func send(ctx context.Context, c *api.Client, digest string, data []byte) error {
-	up, err := c.Bundles.UploadBundle(ctx)
-	if err != nil {
-		return err
-	}
 	half := len(data) / 2
+	at := int64(0)
 	for _, part := range [][]byte{data[:half], data[half:]} {
-		if up.Send(&pb.UploadBundleRequest{Digest: digest, Data: part}) != nil {
-			break // CloseAndReceive says why
+		res, err := c.Bundles.UploadBundle(ctx, &pb.UploadBundleRequest{Digest: digest, Offset: at, Data: part})
+		if err != nil {
+			return err
 		}
+		at = res.GetOffset()
 	}
-	_, err = up.CloseAndReceive()
+	_, err := c.Bundles.FinishUpload(ctx, &pb.FinishUploadRequest{Digest: digest})
 	return err
 }
 
@@ -246,6 +245,14 @@ func TestWhoMayCall(t *testing.T) {
 			if problem.CodeOf(err) == problem.BundleInvalid {
 				return nil // it was let in, and looked at
 			}
+			return err
+		}},
+		{"FindUpload", []string{"user"}, func(ctx context.Context, c *api.Client) error {
+			_, err := c.Bundles.FindUpload(ctx, &pb.FindUploadRequest{Digest: digest})
+			return err
+		}},
+		{"FinishUpload", []string{"user"}, func(ctx context.Context, c *api.Client) error {
+			_, err := c.Bundles.FinishUpload(ctx, &pb.FinishUploadRequest{Digest: digest})
 			return err
 		}},
 		{"DownloadBundle", []string{"user", "a"}, func(ctx context.Context, c *api.Client) error {

@@ -94,7 +94,10 @@ func (p *specReader) line(key []string) int {
 	return 1
 }
 
-var durationType = reflect.TypeFor[Duration]()
+var (
+	durationType = reflect.TypeFor[Duration]()
+	sizeType     = reflect.TypeFor[Size]()
+)
 
 func (p *specReader) table(at []string, table map[string]any, dst reflect.Value) {
 	fields := map[string]reflect.Value{}
@@ -176,6 +179,21 @@ func (p *specReader) value(key []string, v any, dst reflect.Value) {
 			return
 		}
 		dst.SetInt(int64(d))
+		return
+	}
+	if dst.Type() == sizeType {
+		s, ok := v.(string)
+		if !ok {
+			wrong("a size in quotes", limitRule)
+			return
+		}
+		n, err := ParseLimit(s)
+		if err != nil {
+			e := problem.From(err)
+			p.fault(key, e.Msg, e.Next)
+			return
+		}
+		dst.SetInt(int64(n))
 		return
 	}
 	switch dst.Interface().(type) {

@@ -33,6 +33,7 @@ var Settings = []Setting{
 		"`tx_timeout` (100 s), `max_client_op_interval` (90 s)",
 	},
 	{"no-progress", "duration", `"1h"`, "--no-progress", "longest time in which no party shows any progress: a round, a message's handling, a line of output", "`progress_timeout`"},
+	{"log-quota", "size", `"1GiB"`, "", "how much of a party's logs is kept, at its machine and at the hub; of what is more the middle is left out ([more](logs.md)); hub and sites may allow less", "none"},
 	{"exclude", "list of strings", "none", "", "patterns of files that stay out of the bundle", ""},
 	{"run-config", "list of strings", "none", "--run-config", "overrides of `[tool.flwr.app.config]`, each `key=value` with a value as in TOML; those of flags are added", "`run_config`"},
 	{"flower-installs", "boolean", "false", "", "Flower itself may install the app's dependencies when it runs, in the versions that can (1.29 and on); the environment is built before in any case", "`allow_runtime_dependency_installation`"},

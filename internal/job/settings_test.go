@@ -23,6 +23,8 @@ func keysOf(t reflect.Type, at string, out map[string]string) {
 		switch {
 		case f.Type == durationType:
 			out[at+name] = "duration"
+		case f.Type == sizeType:
+			out[at+name] = "size"
 		case f.Type == reflect.TypeFor[NodeConfig](), f.Type == reflect.TypeFor[Resources]():
 			out[at+name] = "table"
 		case f.Type.Kind() == reflect.Struct:
@@ -66,6 +68,10 @@ func TestSettingsAreComplete(t *testing.T) {
 		switch d := v.Interface().(type) {
 		case Duration:
 			if text := fmt.Sprintf("%q", d); s.Default != text && (d != NoLimit || s.Default != "no limit") {
+				t.Errorf("%s: the table says %s, the code %s", s.Key, s.Default, text)
+			}
+		case Size:
+			if text := fmt.Sprintf("%q", d); s.Default != text {
 				t.Errorf("%s: the table says %s, the code %s", s.Key, s.Default, text)
 			}
 		case bool:

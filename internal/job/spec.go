@@ -24,6 +24,8 @@ const (
 	DefaultReadyTimeout    = Duration(time.Minute) // Flower's superlink takes up to 18 s to listen on a busy machine
 	DefaultJoinWait        = Duration(time.Minute)
 	DefaultStopGrace       = Duration(2 * time.Second) // the reference system's superlink_grace_period
+	DefaultLogQuota        = Size(1 << 30)
+	MinLogQuota            = Size(1 << 20) // of which the first 128 KiB are kept in any case
 )
 
 // Spec says what a job wants. The part with TOML names comes from [tool.pergola] of the app's
@@ -54,6 +56,8 @@ type Spec struct {
 	StartTimeout    Duration `json:"start-timeout,omitzero" toml:"start-timeout"`       // until all wanted sites are ready
 	WaitTimeout     Duration `json:"wait-timeout,omitzero" toml:"wait-timeout"`         // longest time in the queue
 	JoinWait        Duration `json:"join-wait,omitzero" toml:"join-wait"`               // for the other sites, once min-sites are there
+
+	LogQuota Size `json:"log-quota,omitzero" toml:"log-quota"` // of each party's logs
 
 	Server  Server   `json:"server,omitzero" toml:"server"`
 	Site    Site     `json:"site,omitzero" toml:"site"`
@@ -211,6 +215,7 @@ func (s Spec) WithDefaults() Spec {
 	s.StartTimeout = s.StartTimeout.Or(DefaultStartTimeout)
 	s.WaitTimeout = s.WaitTimeout.Or(NoLimit)
 	s.JoinWait = s.JoinWait.Or(DefaultJoinWait)
+	s.LogQuota = s.LogQuota.Or(DefaultLogQuota)
 	s.Server.ReadyTimeout = s.Server.ReadyTimeout.Or(DefaultReadyTimeout)
 	s.Server.StopGrace = s.Server.StopGrace.Or(DefaultStopGrace)
 	return s
@@ -287,6 +292,9 @@ func (s Spec) faults() []fault {
 		if d.val < NoLimit {
 			add("a duration cannot be negative", durationRule, d.key...)
 		}
+	}
+	if s.LogQuota < NoSize || s.LogQuota > 0 && s.LogQuota < MinLogQuota {
+		add(fmt.Sprintf("%s is too little for a party's logs", s.LogQuota), "give "+MinLogQuota.String()+" or more", "log-quota")
 	}
 	if s.Server.StopGrace > maxStopGrace {
 		add(fmt.Sprintf("%s is too long: the end of a job would take as long", s.Server.StopGrace), "give "+maxStopGrace.String()+" at most", "server", "stop-grace")

@@ -38,7 +38,8 @@ func TestParseSpecReadsTheWholeTable(t *testing.T) {
 			Restarts: 3, AppPath: "apps/ct",
 			Named: map[string]Site{"st-anna": {Env: map[string]string{"DATA": "/mnt/ct"}, Restarts: 5, AppPath: "ct", NodeConfig: NodeConfig{"cohort": "b"}}, "charite": {}},
 		},
-		Exclude: []string{"*.csv", "notebooks/*"},
+		LogQuota: 200 << 20,
+		Exclude:  []string{"*.csv", "notebooks/*"},
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("-want +got:\n%s", d)
@@ -57,7 +58,7 @@ func TestParseSpecReadsTheWholeTable(t *testing.T) {
 	}
 }
 
-const topKeys = "clients, deadline, engine, exclude, flower-installs, gpus-per-worker, isolation, join-wait, mandatory-sites, min-sites, no-progress, outage-tolerance, run-config, server, site, sites, start-timeout, strict-clients, wait-timeout, workers"
+const topKeys = "clients, deadline, engine, exclude, flower-installs, gpus-per-worker, isolation, join-wait, log-quota, mandatory-sites, min-sites, no-progress, outage-tolerance, run-config, server, site, sites, start-timeout, strict-clients, wait-timeout, workers"
 
 // The server app's arguments may be one string, which is cut into words as a shell would, without one.
 func TestArgsAsString(t *testing.T) {
@@ -244,7 +245,7 @@ func TestDefaults(t *testing.T) {
 	got := Spec{NoProgress: NoLimit, StartTimeout: Duration(time.Second)}.WithDefaults()
 	want := Spec{
 		Engine: "auto", Deadline: NoLimit, OutageTolerance: Duration(time.Hour), NoProgress: NoLimit, StartTimeout: Duration(time.Second),
-		WaitTimeout: NoLimit, JoinWait: Duration(time.Minute), Server: Server{ReadyTimeout: Duration(time.Minute), StopGrace: Duration(2 * time.Second)},
+		WaitTimeout: NoLimit, JoinWait: Duration(time.Minute), LogQuota: 1 << 30, Server: Server{ReadyTimeout: Duration(time.Minute), StopGrace: Duration(2 * time.Second)},
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("-want +got:\n%s", d)

@@ -19,7 +19,7 @@ import (
 )
 
 func (r *run) submit(ctx context.Context, c *api.Client, packed *bundle.Bundle) (job.ID, error) {
-	if err := prepare.Upload(ctx, c, packed); err != nil {
+	if err := prepare.Upload(ctx, c, packed, r.emit); err != nil {
 		return "", err
 	}
 	j, err := r.app.Submit(ctx, c, packed.Digest, "")

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"syscall"
@@ -133,6 +134,22 @@ func (r *run) line(party, program, text string) {
 // prefixes are those of the reference system.
 var prefixes = map[string]string{"superlink_log.txt": "FLWR-SL", "server_app_log.txt": "FLWR-SA", "client_app_log.txt": "FLWR-CA", "environment_log.txt": ProgramInstaller}
 
+// Programs gives the names of the programs that have logs, sorted.
+func Programs() []string { return slices.Sorted(maps.Values(prefixes)) }
+
+// LogOf gives the log of a program, by the name that Shown gives or by that of the log itself; "" if there is none.
+func LogOf(program string) string {
+	for file, name := range prefixes {
+		if strings.EqualFold(name, program) {
+			return file
+		}
+	}
+	if logs.ValidName(program) == nil {
+		return program
+	}
+	return ""
+}
+
 // ProgramInstaller is the program of lines that come from the building of an environment.
 const ProgramInstaller = "ENV"
 
@@ -169,7 +186,17 @@ func (r *run) tail(ctx context.Context, c *api.Client, id job.ID) error {
 			}
 			continue
 		}
+		if ch == nil {
+			continue // where the logs begin
+		}
 		key := ch.GetParty() + "/" + ch.GetFile()
+		if n := ch.GetSkipped(); n > 0 {
+			if len(rest[key]) > 0 {
+				r.lineOf(ch.GetParty(), ch.GetFile(), rest[key])
+				rest[key] = nil
+			}
+			r.lineOf(ch.GetParty(), ch.GetFile(), []byte(logs.Marker(n)))
+		}
 		b := append(rest[key], ch.GetData()...)
 		for {
 			l, after, ok := bytes.Cut(b, []byte{'\n'})

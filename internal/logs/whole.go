@@ -18,6 +18,12 @@ func Marker(n int64) string {
 	return fmt.Sprintf("[pergola: %d bytes (%s) of this log are left out here]", n, humanize.IBytes(uint64(max(n, 0))))
 }
 
+// QuotaReached says, once, that a party's logs begin to be dropped.
+func QuotaReached(party, name string, quota int64) string {
+	return fmt.Sprintf("the logs of %s have reached their quota of %s: from here on the middle of %s is left out; its beginning and its newest lines are kept",
+		party, humanize.IBytes(uint64(max(quota, 0))), name)
+}
+
 // Whole is a log as one text: its segments in order, and a Marker for each gap. It is what there was when it was opened.
 type Whole struct {
 	parts []wholePart

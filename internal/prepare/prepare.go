@@ -7,13 +7,9 @@ package prepare
 import (
 	"context"
 	"encoding/json"
-	"errors"
-	"io"
 	"path/filepath"
 	"slices"
 	"strings"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
@@ -181,43 +177,6 @@ func (a *App) Pack() (*bundle.Bundle, error) {
 	return bundle.Build(a.Dir, bundle.Input{
 		App: bundle.Meta{Name: a.Name, Version: a.Version}, Lock: []byte(a.Lock.Text), Job: spec, Exclude: a.Spec.Exclude,
 	})
-}
-
-// Upload brings a bundle to the hub, unless that has it.
-func Upload(ctx context.Context, c *api.Client, packed *bundle.Bundle) error {
-	has, err := c.Bundles.HasBundle(ctx, &pb.HasBundleRequest{Digest: packed.Digest})
-	if err != nil || has.GetPresent() {
-		return err
-	}
-	up, err := c.Bundles.UploadBundle(ctx)
-	if err != nil {
-		return err
-	}
-	pr, pw := io.Pipe()
-	var g errgroup.Group
-	g.Go(func() error {
-		err := packed.Write(pw)
-		pw.CloseWithError(err) // nil: end of file
-		return err
-	})
-	buf := make([]byte, api.MaxChunk)
-	for {
-		n, err := io.ReadFull(pr, buf)
-		if n > 0 {
-			if e := up.Send(&pb.UploadBundleRequest{Digest: packed.Digest, Data: buf[:n]}); e != nil {
-				break // CloseAndReceive says why
-			}
-		}
-		if err != nil {
-			break
-		}
-	}
-	_ = pr.Close() // never fails
-	if err := g.Wait(); err != nil && !errors.Is(err, io.ErrClosedPipe) {
-		return err
-	}
-	_, err = up.CloseAndReceive()
-	return err
 }
 
 // Submit makes a job of an uploaded bundle. Repeating it with the same key, which may be empty, gives the same job.

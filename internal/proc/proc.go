@@ -46,13 +46,14 @@ const MarkVar = "PERGOLA_MARK"
 
 // Spec says what to run and where its output goes.
 type Spec struct {
-	Name   string    // for messages, e.g. "flower-superlink"; default: the last part of Args[0]
-	Args   []string  // argv; Args[0] is a path and is not searched for on PATH
-	Dir    string    // working directory; "" is the caller's
-	Env    []string  // the complete environment, "K=V", the last of equal keys counts; nil is the caller's
-	Log    string    // file to append every line to; "" is none
-	Prefix string    // lines are echoed as "[Prefix] line"; "" echoes them bare
-	Echo   io.Writer // gets one Write per line; must be safe for use by several programs at a time; nil is no echo
+	Name    string                                    // for messages, e.g. "flower-superlink"; default: the last part of Args[0]
+	Args    []string                                  // argv; Args[0] is a path and is not searched for on PATH
+	Dir     string                                    // working directory; "" is the caller's
+	Env     []string                                  // the complete environment, "K=V", the last of equal keys counts; nil is the caller's
+	Log     string                                    // file to append every line to; "" is none
+	OpenLog func(path string) (io.WriteCloser, error) // opens Log; nil appends to the file
+	Prefix  string                                    // lines are echoed as "[Prefix] line"; "" echoes them bare
+	Echo    io.Writer                                 // gets one Write per line; must be safe for use by several programs at a time; nil is no echo
 
 	// Files are given to the program as descriptors 3, 4, …; the caller keeps its own, and closes them.
 	Files []*os.File

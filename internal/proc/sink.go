@@ -11,9 +11,9 @@ import (
 type sink struct {
 	spec *Spec
 
-	mu     sync.Mutex // held while lines are handed on, so that two streams take turns; guards log, out, noEcho
-	log    *os.File   // nil if none, or given up
-	out    []byte     // collected for the log, written before the next read from the program
+	mu     sync.Mutex     // held while lines are handed on, so that two streams take turns; guards log, out, noEcho
+	log    io.WriteCloser // nil if none, or given up
+	out    []byte         // collected for the log, written before the next read from the program
 	noEcho bool
 
 	tailMu sync.Mutex // apart from mu, so that OnLine may ask for the tail
@@ -23,13 +23,21 @@ type sink struct {
 func newSink(spec *Spec) (*sink, error) {
 	s := &sink{spec: spec}
 	if spec.Log != "" {
-		f, err := os.OpenFile(spec.Log, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
+		open := spec.OpenLog
+		if open == nil {
+			open = appendTo
+		}
+		f, err := open(spec.Log)
 		if err != nil {
 			return nil, err
 		}
 		s.log = f
 	}
 	return s, nil
+}
+
+func appendTo(path string) (io.WriteCloser, error) {
+	return os.OpenFile(path, os.O_APPEND|os.O_CREATE|os.O_WRONLY, 0o600)
 }
 
 // splitter gives a splitter of one stream into this sink; its methods are for [sink.feed].

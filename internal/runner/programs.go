@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"path/filepath"
@@ -21,6 +22,7 @@ import (
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/link"
+	"github.com/pergolafl/pergola/internal/logs"
 	"github.com/pergolafl/pergola/internal/metrics"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/proc"
@@ -158,7 +160,7 @@ func (r *runner) environment(ctx context.Context, app *flower.App, c *bundle.Con
 // line: an environment that is there already has nothing to say.
 func (r *runner) environmentLog() (write func(string), end func()) {
 	var mu sync.Mutex // guards f; an installer's two streams have a goroutine each
-	var f *os.File
+	var f io.WriteCloser
 	var failed bool
 	write = func(line string) {
 		mu.Lock()
@@ -169,11 +171,11 @@ func (r *runner) environmentLog() (write func(string), end func()) {
 		var err error
 		if f == nil {
 			if err = os.MkdirAll(r.spec.Logs, 0o700); err == nil {
-				f, err = os.OpenFile(filepath.Join(r.spec.Logs, "environment_log.txt"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+				f, err = r.openLog(filepath.Join(r.spec.Logs, "environment_log.txt"))
 			}
 		}
 		if err == nil {
-			_, err = f.WriteString(line + "\n")
+			_, err = io.WriteString(f, line+"\n")
 		}
 		if err != nil {
 			failed = true
@@ -190,6 +192,21 @@ func (r *runner) environmentLog() (write func(string), end func()) {
 		}
 	}
 	return write, end
+}
+
+// openLog opens a log of the party's for a program's lines, within the quota of them all.
+func (r *runner) openLog(path string) (io.WriteCloser, error) {
+	d := logs.Dir{Path: filepath.Dir(path), Quota: r.spec.LogQuota, OnGap: func(name string, g logs.Gap, first bool) {
+		if !first {
+			return
+		}
+		text := logs.QuotaReached(r.spec.Party, name, r.spec.LogQuota)
+		r.log.Warn(text)
+		if r.spec.IsHub() { // what of a site's logs is left out is the hub's to say: it has a copy of its own
+			r.note(job.KindWarning, job.Text{Message: text})
+		}
+	}}
+	return d.Open(filepath.Base(path))
 }
 
 // claimAddress takes a loopback address for this party alone: whoever holds the abstract unix socket of its name owns all
@@ -262,7 +279,7 @@ func (r *runner) hub(ctx context.Context) error {
 		srv, err = flower.StartServer(gctx, flower.ServerConfig{
 			Install: p.inst, AppDir: p.dir, RunDir: r.spec.Results, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Env: p.env,
 			Args: r.spec.Spec.Server.Args, RunConfig: r.spec.Spec.RunConfig, Installs: r.spec.Spec.FlowerInstalls, Database: r.spec.Spec.Server.Database,
-			ReadyTimeout: r.spec.Spec.Server.ReadyTimeout.Std(), StopGrace: time.Duration(r.spec.Spec.Server.StopGrace), Party: r.spec.Party, OnEvent: r.event, OnLogError: r.diskError,
+			ReadyTimeout: r.spec.Spec.Server.ReadyTimeout.Std(), StopGrace: time.Duration(r.spec.Spec.Server.StopGrace), Party: r.spec.Party, OnEvent: r.event, OnLogError: r.diskError, OpenLog: r.openLog,
 		})
 		if err != nil {
 			return err
@@ -441,7 +458,7 @@ func (r *runner) site(ctx context.Context) error {
 		return r.supernode(ctx, gctx, sess, flower.ClientConfig{
 			Install: p.inst, AppDir: p.dir, RunDir: p.dir, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Superlink: ln.Addr().String(),
 			NodeConfig: r.spec.Spec.NodeConfigFor(r.spec.Party, r.spec.Index, r.spec.Count), RunConfig: r.spec.Spec.RunConfig, Installs: r.spec.Spec.FlowerInstalls, Env: p.env, Party: r.spec.Party,
-			OnEvent: r.event, OnLogError: r.diskError,
+			OnEvent: r.event, OnLogError: r.diskError, OpenLog: r.openLog,
 		})
 	})
 	return g.Wait()

@@ -68,10 +68,11 @@ type Spec struct {
 
 	Attempt int `json:"attempt,omitempty"` // of the party, from 0
 
-	Bundle  string `json:"bundle"`            // folder of the unpacked bundle, never written to
-	Logs    string `json:"logs"`              // folder for the programs' logs
-	Results string `json:"results,omitempty"` // hub's party: the server app's working directory
-	Cache   string `json:"cache"`             // environments and probes, shared by jobs
+	Bundle   string `json:"bundle"`              // folder of the unpacked bundle, never written to
+	Logs     string `json:"logs"`                // folder for the programs' logs
+	LogQuota int64  `json:"log-quota,omitempty"` // bytes of its logs that are kept; 0 = all
+	Results  string `json:"results,omitempty"`   // hub's party: the server app's working directory
+	Cache    string `json:"cache"`               // environments and probes, shared by jobs
 
 	Python   string   `json:"python,omitempty"`   // interpreter to build environments with; "" = the best of PATH
 	Existing bool     `json:"existing,omitempty"` // use Python as it is and build nothing

@@ -5,11 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -18,9 +16,7 @@ import (
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
-	"github.com/pergolafl/pergola/internal/bundle"
 	"github.com/pergolafl/pergola/internal/job"
-	"github.com/pergolafl/pergola/internal/logs"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/runner"
@@ -233,7 +229,7 @@ func (p *part) start(ctx context.Context, dir, logDir string) (*runner.Handle, e
 	return runner.Start(dir, runner.Spec{
 		GPUs: gpus,
 		Job:  p.id, Party: a.conf.Name, Attempt: p.attempt(), Index: int(p.first.GetIndex()), Count: int(p.first.GetCount()), Spec: spec,
-		Bundle: bundleDir, Logs: logDir, Cache: a.conf.Cache, Python: a.conf.Python, Existing: a.conf.Existing, Apps: a.conf.Apps,
+		Bundle: bundleDir, Logs: logDir, LogQuota: spec.LogQuota.Or(job.DefaultLogQuota).Least(a.conf.LogQuota).Bytes(), Cache: a.conf.Cache, Python: a.conf.Python, Existing: a.conf.Existing, Apps: a.conf.Apps,
 		Hub: a.hubs, Proxy: a.conf.Proxy, Mark: a.mark(p.id),
 	})
 }
@@ -274,51 +270,6 @@ func (p *part) identity(ctx context.Context, dir string) error {
 		return err
 	}
 	return pki.SaveKeypair(dir, runner.CertName, pki.Keypair{CertPEM: []byte(res.GetCertificatePem()), KeyPEM: keyPEM, CAPEM: own.CAPEM})
-}
-
-// fetching is held while a bundle is fetched: jobs of one bundle fetch it once.
-var fetching sync.Mutex
-
-// fetch gives the folder of the unpacked bundle.
-func (p *part) fetch(ctx context.Context, digest string) (string, error) {
-	a := p.agent
-	fetching.Lock()
-	defer fetching.Unlock()
-	dst := filepath.Join(a.dir, "bundles", strings.TrimPrefix(digest, "sha256:"))
-	if _, err := os.Stat(dst); err == nil {
-		return dst, nil
-	}
-	_, err := retry(ctx, p.log, final, func() (struct{}, error) {
-		s, err := a.client.Bundles.DownloadBundle(ctx, &pb.DownloadBundleRequest{Digest: digest})
-		if err != nil {
-			return struct{}{}, err
-		}
-		defer s.Close()
-		pr, pw := io.Pipe()
-		done := make(chan struct{})
-		go func() {
-			defer close(done)
-			for {
-				m, err := s.Receive()
-				if errors.Is(err, io.EOF) {
-					err = io.EOF // bare, as readers want it
-				}
-				if err != nil {
-					pw.CloseWithError(err)
-					return
-				}
-				if _, err := pw.Write(m.GetData()); err != nil {
-					return // the reader has seen enough
-				}
-			}
-		}()
-		_, err = bundle.Extract(pr, dst, digest, bundle.Limits{})
-		_ = pr.Close() // never fails
-		_ = s.Close()  // unblocks the goroutine; Extract has decided already
-		<-done
-		return struct{}{}, err
-	})
-	return dst, err
 }
 
 // final tells whether trying again cannot help.
@@ -379,58 +330,4 @@ func (p *part) whileWanted(ctx context.Context) (context.Context, context.Cancel
 		}
 	}()
 	return ctx, func() { cancel(nil) }
-}
-
-// ship copies the programs' logs to the hub until they have ended and all is there.
-func (p *part) ship(ctx context.Context, dir string, ended <-chan struct{}) {
-	ctx, cancel := p.whileWanted(ctx)
-	defer cancel()
-	res, err := retry(ctx, p.log, final, func() (*pb.GetLogOffsetsResponse, error) {
-		return p.agent.client.Sites.GetLogOffsets(ctx, &pb.GetLogOffsetsRequest{JobId: string(p.id)})
-	})
-	if err == nil {
-		err = logs.FollowDir(ctx, dir, ended, res.GetOffsets(), func(name string, offset int64, data []byte) error {
-			_, err := retry(ctx, p.log, final, func() (*pb.PushLogsResponse, error) {
-				return p.agent.client.Sites.PushLogs(ctx, &pb.PushLogsRequest{Chunks: []*pb.LogChunk{{JobId: string(p.id), Party: p.agent.conf.Name, File: name, Offset: offset, Data: data}}})
-			})
-			return err
-		})
-	}
-	if err != nil && ctx.Err() == nil {
-		p.log.Error("the logs could not be copied to the hub", "err", err)
-	}
-}
-
-// goOn lets the logs of a party that begins anew go on where the hub's copies end, also where the earlier ones are gone. What
-// is missing is a hole in the local file, and nothing is copied of it.
-func (p *part) goOn(ctx context.Context, dir string) error {
-	if p.attempt() == 0 {
-		return nil
-	}
-	res, err := retry(ctx, p.log, final, func() (*pb.GetLogOffsetsResponse, error) {
-		return p.agent.client.Sites.GetLogOffsets(ctx, &pb.GetLogOffsetsRequest{JobId: string(p.id)})
-	})
-	if err != nil {
-		return err
-	}
-	for name, offset := range res.GetOffsets() {
-		if err := logs.ValidName(name); err != nil {
-			return err
-		}
-		f, err := os.OpenFile(filepath.Join(dir, name), os.O_CREATE|os.O_WRONLY, 0o600)
-		if err != nil {
-			return err
-		}
-		info, err := f.Stat()
-		if err == nil && info.Size() < offset {
-			err = f.Truncate(offset)
-		}
-		if e := f.Close(); err == nil {
-			err = e
-		}
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }

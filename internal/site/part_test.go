@@ -18,6 +18,7 @@ import (
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/logs"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 )
@@ -163,8 +164,8 @@ func TestLogsGoOn(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]int64{"client_app_log.txt": 1 << 20, "environment_log.txt": 9} {
-		if fi, err := os.Stat(filepath.Join(dir, name)); err != nil || fi.Size() != want {
-			t.Errorf("%s: %v, %v; want %d bytes", name, fi, err, want)
+		if n, err := logs.Size(filepath.Join(dir, name)); err != nil || n != want {
+			t.Errorf("%s: %d, %v; want %d bytes", name, n, err, want)
 		}
 	}
 	h.offsets = map[string]int64{"../x.txt": 1}

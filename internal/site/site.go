@@ -22,6 +22,7 @@ import (
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/keyed"
 	"github.com/pergolafl/pergola/internal/logline"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
@@ -34,15 +35,16 @@ const ConfigFile = "site.toml"
 
 // Config is an agent's site.toml.
 type Config struct {
-	Name     string            `toml:"name"`     // the site's name
-	Hub      any               `toml:"hub"`      // "host:port", or a list of such that are tried in turn
-	Proxy    string            `toml:"proxy"`    // on the way to the hub: http://user:password@host:port, or "direct"; "" = as the environment says
-	Python   string            `toml:"python"`   // interpreter for the site's side of jobs; "" = the best of PATH
-	Existing bool              `toml:"existing"` // use Python as it is, build no environments
-	Cache    string            `toml:"cache"`    // environments; "" = the user's cache folder
-	Apps     string            `toml:"apps"`     // folder with apps that lie ready, for a job's site.app-path; "" = none
-	Env      map[string]string `toml:"env"`      // for every program at this site; wins over the job's
-	Mark     string            `toml:"mark"`     // begins the marks of this agent's programs; default the site's name
+	Name     string            `toml:"name"`      // the site's name
+	Hub      any               `toml:"hub"`       // "host:port", or a list of such that are tried in turn
+	Proxy    string            `toml:"proxy"`     // on the way to the hub: http://user:password@host:port, or "direct"; "" = as the environment says
+	Python   string            `toml:"python"`    // interpreter for the site's side of jobs; "" = the best of PATH
+	Existing bool              `toml:"existing"`  // use Python as it is, build no environments
+	Cache    string            `toml:"cache"`     // environments; "" = the user's cache folder
+	Apps     string            `toml:"apps"`      // folder with apps that lie ready, for a job's site.app-path; "" = none
+	Env      map[string]string `toml:"env"`       // for every program at this site; wins over the job's
+	LogQuota job.Size          `toml:"log-quota"` // the most that is kept here of the logs of a part in a job; default: as the job says
+	Mark     string            `toml:"mark"`      // begins the marks of this agent's programs; default the site's name
 
 	// Resources are what the site has for jobs: cpus, memory ("64GiB"), gpus (a number, or ids), names of its own, and max-jobs.
 	// Undeclared CPUs and memory are what the machine has.
@@ -60,6 +62,8 @@ type Agent struct {
 	conn   connection
 
 	Status func(string) // is told in words how it stands with the hub; nil: nobody is. Set it before Run.
+
+	locks keyed.Locks // of bundles, by digest
 
 	mu    sync.Mutex          // guards the rest
 	taken map[job.ID][]string // devices of parts, see takeDevices
@@ -90,6 +94,9 @@ func Open(dir string, log *slog.Logger) (*Agent, error) {
 	}
 	if a.conf.Cache == "" {
 		a.conf.Cache = pyenv.DefaultCache()
+	}
+	if a.conf.LogQuota > 0 && a.conf.LogQuota < job.MinLogQuota {
+		return nil, problem.New(problem.Usage, "give "+job.MinLogQuota.String()+" or more", "%s: log-quota is %s, which is too little", filepath.Join(dir, ConfigFile), a.conf.LogQuota)
 	}
 	if a.conf.Mark == "" {
 		a.conf.Mark = a.conf.Name

@@ -4,9 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,6 +24,7 @@ import (
 	"github.com/pergolafl/pergola/internal/hub"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/prepare"
 	"github.com/pergolafl/pergola/internal/proc"
 	"github.com/pergolafl/pergola/internal/pyenv"
 	"github.com/pergolafl/pergola/internal/site"
@@ -197,21 +196,8 @@ func (f *fleetOf) submit(t *testing.T, app string, spec job.Spec) job.ID {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var buf bytes.Buffer
-	if err := packed.Write(&buf); err != nil {
-		t.Fatal(err)
-	}
-	var up interface {
-		Send(*pb.UploadBundleRequest) error
-		CloseAndReceive() (*pb.UploadBundleResponse, error)
-	}
 	for deadline := time.Now().Add(time.Minute); ; { // until the hub listens
-		if up, err = f.client.Bundles.UploadBundle(ctx); err == nil {
-			if err = up.Send(&pb.UploadBundleRequest{Digest: packed.Digest, Data: buf.Bytes()}); err == nil || errors.Is(err, io.EOF) {
-				_, err = up.CloseAndReceive()
-			}
-		}
-		if err == nil {
+		if err = prepare.Upload(ctx, f.client, packed, nil); err == nil {
 			break
 		}
 		if time.Now().After(deadline) {

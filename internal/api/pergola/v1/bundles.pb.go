@@ -109,18 +109,118 @@ func (x *HasBundleResponse) GetPresent() bool {
 	return false
 }
 
-type UploadBundleRequest struct {
+type FindUploadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FindUploadRequest) Reset() {
+	*x = FindUploadRequest{}
+	mi := &file_pergola_v1_bundles_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FindUploadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FindUploadRequest) ProtoMessage() {}
+
+func (x *FindUploadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_bundles_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FindUploadRequest.ProtoReflect.Descriptor instead.
+func (*FindUploadRequest) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *FindUploadRequest) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+type FindUploadResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// In the first message.
-	Digest        string `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
-	Data          []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
+	// How many bytes the hub has on disk.
+	Offset int64 `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"`
+	// "sha256:…" of these bytes. Who packs other bytes begins anew, at 0.
+	PrefixDigest  string `protobuf:"bytes,2,opt,name=prefix_digest,json=prefixDigest,proto3" json:"prefix_digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FindUploadResponse) Reset() {
+	*x = FindUploadResponse{}
+	mi := &file_pergola_v1_bundles_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FindUploadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FindUploadResponse) ProtoMessage() {}
+
+func (x *FindUploadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_bundles_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FindUploadResponse.ProtoReflect.Descriptor instead.
+func (*FindUploadResponse) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *FindUploadResponse) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *FindUploadResponse) GetPrefixDigest() string {
+	if x != nil {
+		return x.PrefixDigest
+	}
+	return ""
+}
+
+type UploadBundleRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Digest string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	// Where data begins. At 0 what there was of an earlier upload is dropped; else it is what the hub has, at most. Bytes that the
+	// hub has already are skipped.
+	Offset        int64  `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
+	Data          []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UploadBundleRequest) Reset() {
 	*x = UploadBundleRequest{}
-	mi := &file_pergola_v1_bundles_proto_msgTypes[2]
+	mi := &file_pergola_v1_bundles_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -132,7 +232,7 @@ func (x *UploadBundleRequest) String() string {
 func (*UploadBundleRequest) ProtoMessage() {}
 
 func (x *UploadBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_bundles_proto_msgTypes[2]
+	mi := &file_pergola_v1_bundles_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -145,7 +245,7 @@ func (x *UploadBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UploadBundleRequest.ProtoReflect.Descriptor instead.
 func (*UploadBundleRequest) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{2}
+	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *UploadBundleRequest) GetDigest() string {
@@ -153,6 +253,13 @@ func (x *UploadBundleRequest) GetDigest() string {
 		return x.Digest
 	}
 	return ""
+}
+
+func (x *UploadBundleRequest) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
 }
 
 func (x *UploadBundleRequest) GetData() []byte {
@@ -163,16 +270,16 @@ func (x *UploadBundleRequest) GetData() []byte {
 }
 
 type UploadBundleResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
-	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How many bytes the hub has on disk now.
+	Offset        int64 `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UploadBundleResponse) Reset() {
 	*x = UploadBundleResponse{}
-	mi := &file_pergola_v1_bundles_proto_msgTypes[3]
+	mi := &file_pergola_v1_bundles_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -184,7 +291,7 @@ func (x *UploadBundleResponse) String() string {
 func (*UploadBundleResponse) ProtoMessage() {}
 
 func (x *UploadBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_bundles_proto_msgTypes[3]
+	mi := &file_pergola_v1_bundles_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -197,17 +304,106 @@ func (x *UploadBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UploadBundleResponse.ProtoReflect.Descriptor instead.
 func (*UploadBundleResponse) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{3}
+	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{5}
 }
 
-func (x *UploadBundleResponse) GetDigest() string {
+func (x *UploadBundleResponse) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+type FinishUploadRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FinishUploadRequest) Reset() {
+	*x = FinishUploadRequest{}
+	mi := &file_pergola_v1_bundles_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FinishUploadRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FinishUploadRequest) ProtoMessage() {}
+
+func (x *FinishUploadRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_bundles_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FinishUploadRequest.ProtoReflect.Descriptor instead.
+func (*FinishUploadRequest) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *FinishUploadRequest) GetDigest() string {
 	if x != nil {
 		return x.Digest
 	}
 	return ""
 }
 
-func (x *UploadBundleResponse) GetSizeBytes() int64 {
+type FinishUploadResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Digest        string                 `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	SizeBytes     int64                  `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FinishUploadResponse) Reset() {
+	*x = FinishUploadResponse{}
+	mi := &file_pergola_v1_bundles_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FinishUploadResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FinishUploadResponse) ProtoMessage() {}
+
+func (x *FinishUploadResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_bundles_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FinishUploadResponse.ProtoReflect.Descriptor instead.
+func (*FinishUploadResponse) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *FinishUploadResponse) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *FinishUploadResponse) GetSizeBytes() int64 {
 	if x != nil {
 		return x.SizeBytes
 	}
@@ -225,7 +421,7 @@ type DownloadBundleRequest struct {
 
 func (x *DownloadBundleRequest) Reset() {
 	*x = DownloadBundleRequest{}
-	mi := &file_pergola_v1_bundles_proto_msgTypes[4]
+	mi := &file_pergola_v1_bundles_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -237,7 +433,7 @@ func (x *DownloadBundleRequest) String() string {
 func (*DownloadBundleRequest) ProtoMessage() {}
 
 func (x *DownloadBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_bundles_proto_msgTypes[4]
+	mi := &file_pergola_v1_bundles_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -250,7 +446,7 @@ func (x *DownloadBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadBundleRequest.ProtoReflect.Descriptor instead.
 func (*DownloadBundleRequest) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{4}
+	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DownloadBundleRequest) GetDigest() string {
@@ -276,7 +472,7 @@ type DownloadBundleResponse struct {
 
 func (x *DownloadBundleResponse) Reset() {
 	*x = DownloadBundleResponse{}
-	mi := &file_pergola_v1_bundles_proto_msgTypes[5]
+	mi := &file_pergola_v1_bundles_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -288,7 +484,7 @@ func (x *DownloadBundleResponse) String() string {
 func (*DownloadBundleResponse) ProtoMessage() {}
 
 func (x *DownloadBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_pergola_v1_bundles_proto_msgTypes[5]
+	mi := &file_pergola_v1_bundles_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -301,7 +497,7 @@ func (x *DownloadBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DownloadBundleResponse.ProtoReflect.Descriptor instead.
 func (*DownloadBundleResponse) Descriptor() ([]byte, []int) {
-	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{5}
+	return file_pergola_v1_bundles_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DownloadBundleResponse) GetData() []byte {
@@ -320,11 +516,21 @@ const file_pergola_v1_bundles_proto_rawDesc = "" +
 	"\x10HasBundleRequest\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\"-\n" +
 	"\x11HasBundleResponse\x12\x18\n" +
-	"\apresent\x18\x01 \x01(\bR\apresent\"A\n" +
+	"\apresent\x18\x01 \x01(\bR\apresent\"+\n" +
+	"\x11FindUploadRequest\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\"Q\n" +
+	"\x12FindUploadResponse\x12\x16\n" +
+	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12#\n" +
+	"\rprefix_digest\x18\x02 \x01(\tR\fprefixDigest\"Y\n" +
 	"\x13UploadBundleRequest\x12\x16\n" +
-	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
-	"\x04data\x18\x02 \x01(\fR\x04data\"M\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x16\n" +
+	"\x06offset\x18\x02 \x01(\x03R\x06offset\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\".\n" +
 	"\x14UploadBundleResponse\x12\x16\n" +
+	"\x06offset\x18\x01 \x01(\x03R\x06offset\"-\n" +
+	"\x13FinishUploadRequest\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\"M\n" +
+	"\x14FinishUploadResponse\x12\x16\n" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\"G\n" +
@@ -332,10 +538,13 @@ const file_pergola_v1_bundles_proto_rawDesc = "" +
 	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x16\n" +
 	"\x06offset\x18\x02 \x01(\x03R\x06offset\",\n" +
 	"\x16DownloadBundleResponse\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data2\x89\x02\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data2\xa7\x03\n" +
 	"\rBundleService\x12H\n" +
-	"\tHasBundle\x12\x1c.pergola.v1.HasBundleRequest\x1a\x1d.pergola.v1.HasBundleResponse\x12S\n" +
-	"\fUploadBundle\x12\x1f.pergola.v1.UploadBundleRequest\x1a .pergola.v1.UploadBundleResponse(\x01\x12Y\n" +
+	"\tHasBundle\x12\x1c.pergola.v1.HasBundleRequest\x1a\x1d.pergola.v1.HasBundleResponse\x12K\n" +
+	"\n" +
+	"FindUpload\x12\x1d.pergola.v1.FindUploadRequest\x1a\x1e.pergola.v1.FindUploadResponse\x12Q\n" +
+	"\fUploadBundle\x12\x1f.pergola.v1.UploadBundleRequest\x1a .pergola.v1.UploadBundleResponse\x12Q\n" +
+	"\fFinishUpload\x12\x1f.pergola.v1.FinishUploadRequest\x1a .pergola.v1.FinishUploadResponse\x12Y\n" +
 	"\x0eDownloadBundle\x12!.pergola.v1.DownloadBundleRequest\x1a\".pergola.v1.DownloadBundleResponse0\x01B@Z>github.com/pergolafl/pergola/internal/api/pergola/v1;pergolav1b\x06proto3"
 
 var (
@@ -350,24 +559,32 @@ func file_pergola_v1_bundles_proto_rawDescGZIP() []byte {
 	return file_pergola_v1_bundles_proto_rawDescData
 }
 
-var file_pergola_v1_bundles_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
+var file_pergola_v1_bundles_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_pergola_v1_bundles_proto_goTypes = []any{
 	(*HasBundleRequest)(nil),       // 0: pergola.v1.HasBundleRequest
 	(*HasBundleResponse)(nil),      // 1: pergola.v1.HasBundleResponse
-	(*UploadBundleRequest)(nil),    // 2: pergola.v1.UploadBundleRequest
-	(*UploadBundleResponse)(nil),   // 3: pergola.v1.UploadBundleResponse
-	(*DownloadBundleRequest)(nil),  // 4: pergola.v1.DownloadBundleRequest
-	(*DownloadBundleResponse)(nil), // 5: pergola.v1.DownloadBundleResponse
+	(*FindUploadRequest)(nil),      // 2: pergola.v1.FindUploadRequest
+	(*FindUploadResponse)(nil),     // 3: pergola.v1.FindUploadResponse
+	(*UploadBundleRequest)(nil),    // 4: pergola.v1.UploadBundleRequest
+	(*UploadBundleResponse)(nil),   // 5: pergola.v1.UploadBundleResponse
+	(*FinishUploadRequest)(nil),    // 6: pergola.v1.FinishUploadRequest
+	(*FinishUploadResponse)(nil),   // 7: pergola.v1.FinishUploadResponse
+	(*DownloadBundleRequest)(nil),  // 8: pergola.v1.DownloadBundleRequest
+	(*DownloadBundleResponse)(nil), // 9: pergola.v1.DownloadBundleResponse
 }
 var file_pergola_v1_bundles_proto_depIdxs = []int32{
 	0, // 0: pergola.v1.BundleService.HasBundle:input_type -> pergola.v1.HasBundleRequest
-	2, // 1: pergola.v1.BundleService.UploadBundle:input_type -> pergola.v1.UploadBundleRequest
-	4, // 2: pergola.v1.BundleService.DownloadBundle:input_type -> pergola.v1.DownloadBundleRequest
-	1, // 3: pergola.v1.BundleService.HasBundle:output_type -> pergola.v1.HasBundleResponse
-	3, // 4: pergola.v1.BundleService.UploadBundle:output_type -> pergola.v1.UploadBundleResponse
-	5, // 5: pergola.v1.BundleService.DownloadBundle:output_type -> pergola.v1.DownloadBundleResponse
-	3, // [3:6] is the sub-list for method output_type
-	0, // [0:3] is the sub-list for method input_type
+	2, // 1: pergola.v1.BundleService.FindUpload:input_type -> pergola.v1.FindUploadRequest
+	4, // 2: pergola.v1.BundleService.UploadBundle:input_type -> pergola.v1.UploadBundleRequest
+	6, // 3: pergola.v1.BundleService.FinishUpload:input_type -> pergola.v1.FinishUploadRequest
+	8, // 4: pergola.v1.BundleService.DownloadBundle:input_type -> pergola.v1.DownloadBundleRequest
+	1, // 5: pergola.v1.BundleService.HasBundle:output_type -> pergola.v1.HasBundleResponse
+	3, // 6: pergola.v1.BundleService.FindUpload:output_type -> pergola.v1.FindUploadResponse
+	5, // 7: pergola.v1.BundleService.UploadBundle:output_type -> pergola.v1.UploadBundleResponse
+	7, // 8: pergola.v1.BundleService.FinishUpload:output_type -> pergola.v1.FinishUploadResponse
+	9, // 9: pergola.v1.BundleService.DownloadBundle:output_type -> pergola.v1.DownloadBundleResponse
+	5, // [5:10] is the sub-list for method output_type
+	0, // [0:5] is the sub-list for method input_type
 	0, // [0:0] is the sub-list for extension type_name
 	0, // [0:0] is the sub-list for extension extendee
 	0, // [0:0] is the sub-list for field type_name
@@ -384,7 +601,7 @@ func file_pergola_v1_bundles_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pergola_v1_bundles_proto_rawDesc), len(file_pergola_v1_bundles_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   6,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

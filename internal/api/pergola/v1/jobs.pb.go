@@ -9,6 +9,7 @@ package pergolav1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -1002,7 +1003,15 @@ type TailLogsRequest struct {
 	// Where to begin in each file, by "party/file", in bytes; 0 where nothing is said.
 	Offsets map[string]int64 `protobuf:"bytes,3,rep,name=offsets,proto3" json:"offsets,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	// Send what there is and end, instead of following a job that goes on.
-	Once          bool `protobuf:"varint,4,opt,name=once,proto3" json:"once,omitempty"`
+	Once bool `protobuf:"varint,4,opt,name=once,proto3" json:"once,omitempty"`
+	// Only what was written at this time or later, as precisely as the party's notes of the time are (a second). Of the last
+	// two, the one that is set; the second counts back from the hub's present time. Logs in offsets begin there all the same.
+	Since *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=since,proto3" json:"since,omitempty"`
+	Ago   *durationpb.Duration   `protobuf:"bytes,6,opt,name=ago,proto3" json:"ago,omitempty"`
+	// Only so many of each log's last lines at first.
+	Lines *int32 `protobuf:"varint,7,opt,name=lines,proto3,oneof" json:"lines,omitempty"`
+	// Only logs of these names; empty for all.
+	Files         []string `protobuf:"bytes,8,rep,name=files,proto3" json:"files,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1065,9 +1074,39 @@ func (x *TailLogsRequest) GetOnce() bool {
 	return false
 }
 
+func (x *TailLogsRequest) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *TailLogsRequest) GetAgo() *durationpb.Duration {
+	if x != nil {
+		return x.Ago
+	}
+	return nil
+}
+
+func (x *TailLogsRequest) GetLines() int32 {
+	if x != nil && x.Lines != nil {
+		return *x.Lines
+	}
+	return 0
+}
+
+func (x *TailLogsRequest) GetFiles() []string {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
 type TailLogsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Chunk         *LogChunk              `protobuf:"bytes,1,opt,name=chunk,proto3" json:"chunk,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Chunk *LogChunk              `protobuf:"bytes,1,opt,name=chunk,proto3" json:"chunk,omitempty"`
+	// In the first response only, which has no chunk: where each log begins, by "party/file". Who asks again sends these.
+	Begins        map[string]int64 `protobuf:"bytes,2,rep,name=begins,proto3" json:"begins,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1105,6 +1144,13 @@ func (*TailLogsResponse) Descriptor() ([]byte, []int) {
 func (x *TailLogsResponse) GetChunk() *LogChunk {
 	if x != nil {
 		return x.Chunk
+	}
+	return nil
+}
+
+func (x *TailLogsResponse) GetBegins() map[string]int64 {
+	if x != nil {
+		return x.Begins
 	}
 	return nil
 }
@@ -1423,7 +1469,7 @@ var File_pergola_v1_jobs_proto protoreflect.FileDescriptor
 const file_pergola_v1_jobs_proto_rawDesc = "" +
 	"\n" +
 	"\x15pergola/v1/jobs.proto\x12\n" +
-	"pergola.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16pergola/v1/sites.proto\x1a\x16pergola/v1/types.proto\"z\n" +
+	"pergola.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16pergola/v1/sites.proto\x1a\x16pergola/v1/types.proto\"z\n" +
 	"\x10SubmitJobRequest\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12#\n" +
@@ -1478,17 +1524,26 @@ const file_pergola_v1_jobs_proto_rawDesc = "" +
 	"\x05after\x18\x02 \x01(\x03R\x05after\x12\x12\n" +
 	"\x04once\x18\x03 \x01(\bR\x04once\";\n" +
 	"\x10WatchJobResponse\x12'\n" +
-	"\x05event\x18\x01 \x01(\v2\x11.pergola.v1.EventR\x05event\"\xcf\x01\n" +
+	"\x05event\x18\x01 \x01(\v2\x11.pergola.v1.EventR\x05event\"\xe9\x02\n" +
 	"\x0fTailLogsRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\aparties\x18\x02 \x03(\tR\aparties\x12B\n" +
 	"\aoffsets\x18\x03 \x03(\v2(.pergola.v1.TailLogsRequest.OffsetsEntryR\aoffsets\x12\x12\n" +
-	"\x04once\x18\x04 \x01(\bR\x04once\x1a:\n" +
+	"\x04once\x18\x04 \x01(\bR\x04once\x120\n" +
+	"\x05since\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12+\n" +
+	"\x03ago\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x03ago\x12\x19\n" +
+	"\x05lines\x18\a \x01(\x05H\x00R\x05lines\x88\x01\x01\x12\x14\n" +
+	"\x05files\x18\b \x03(\tR\x05files\x1a:\n" +
 	"\fOffsetsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\">\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01B\b\n" +
+	"\x06_lines\"\xbb\x01\n" +
 	"\x10TailLogsResponse\x12*\n" +
-	"\x05chunk\x18\x01 \x01(\v2\x14.pergola.v1.LogChunkR\x05chunk\"$\n" +
+	"\x05chunk\x18\x01 \x01(\v2\x14.pergola.v1.LogChunkR\x05chunk\x12@\n" +
+	"\x06begins\x18\x02 \x03(\v2(.pergola.v1.TailLogsResponse.BeginsEntryR\x06begins\x1a9\n" +
+	"\vBeginsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x03R\x05value:\x028\x01\"$\n" +
 	"\x10ListSitesRequest\x12\x10\n" +
 	"\x03all\x18\x14 \x01(\bR\x03all\";\n" +
 	"\x11ListSitesResponse\x12&\n" +
@@ -1539,7 +1594,7 @@ func file_pergola_v1_jobs_proto_rawDescGZIP() []byte {
 	return file_pergola_v1_jobs_proto_rawDescData
 }
 
-var file_pergola_v1_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_pergola_v1_jobs_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_pergola_v1_jobs_proto_goTypes = []any{
 	(*SubmitJobRequest)(nil),       // 0: pergola.v1.SubmitJobRequest
 	(*SubmitJobResponse)(nil),      // 1: pergola.v1.SubmitJobResponse
@@ -1568,59 +1623,64 @@ var file_pergola_v1_jobs_proto_goTypes = []any{
 	(*DrainSiteRequest)(nil),       // 24: pergola.v1.DrainSiteRequest
 	(*DrainSiteResponse)(nil),      // 25: pergola.v1.DrainSiteResponse
 	nil,                            // 26: pergola.v1.TailLogsRequest.OffsetsEntry
-	nil,                            // 27: pergola.v1.Site.UsedEntry
-	(*Job)(nil),                    // 28: pergola.v1.Job
-	(*Event)(nil),                  // 29: pergola.v1.Event
-	(*LogChunk)(nil),               // 30: pergola.v1.LogChunk
+	nil,                            // 27: pergola.v1.TailLogsResponse.BeginsEntry
+	nil,                            // 28: pergola.v1.Site.UsedEntry
+	(*Job)(nil),                    // 29: pergola.v1.Job
+	(*Event)(nil),                  // 30: pergola.v1.Event
 	(*timestamppb.Timestamp)(nil),  // 31: google.protobuf.Timestamp
-	(*SiteOffer)(nil),              // 32: pergola.v1.SiteOffer
+	(*durationpb.Duration)(nil),    // 32: google.protobuf.Duration
+	(*LogChunk)(nil),               // 33: pergola.v1.LogChunk
+	(*SiteOffer)(nil),              // 34: pergola.v1.SiteOffer
 }
 var file_pergola_v1_jobs_proto_depIdxs = []int32{
-	28, // 0: pergola.v1.SubmitJobResponse.job:type_name -> pergola.v1.Job
-	28, // 1: pergola.v1.GetJobResponse.job:type_name -> pergola.v1.Job
-	28, // 2: pergola.v1.ListJobsResponse.jobs:type_name -> pergola.v1.Job
-	28, // 3: pergola.v1.AbortJobResponse.job:type_name -> pergola.v1.Job
-	28, // 4: pergola.v1.ResubmitJobResponse.job:type_name -> pergola.v1.Job
+	29, // 0: pergola.v1.SubmitJobResponse.job:type_name -> pergola.v1.Job
+	29, // 1: pergola.v1.GetJobResponse.job:type_name -> pergola.v1.Job
+	29, // 2: pergola.v1.ListJobsResponse.jobs:type_name -> pergola.v1.Job
+	29, // 3: pergola.v1.AbortJobResponse.job:type_name -> pergola.v1.Job
+	29, // 4: pergola.v1.ResubmitJobResponse.job:type_name -> pergola.v1.Job
 	14, // 5: pergola.v1.ListResultsResponse.files:type_name -> pergola.v1.ResultFile
-	29, // 6: pergola.v1.WatchJobResponse.event:type_name -> pergola.v1.Event
+	30, // 6: pergola.v1.WatchJobResponse.event:type_name -> pergola.v1.Event
 	26, // 7: pergola.v1.TailLogsRequest.offsets:type_name -> pergola.v1.TailLogsRequest.OffsetsEntry
-	30, // 8: pergola.v1.TailLogsResponse.chunk:type_name -> pergola.v1.LogChunk
-	23, // 9: pergola.v1.ListSitesResponse.sites:type_name -> pergola.v1.Site
-	31, // 10: pergola.v1.Site.since:type_name -> google.protobuf.Timestamp
-	32, // 11: pergola.v1.Site.offer:type_name -> pergola.v1.SiteOffer
-	27, // 12: pergola.v1.Site.used:type_name -> pergola.v1.Site.UsedEntry
-	31, // 13: pergola.v1.Site.enrolled_time:type_name -> google.protobuf.Timestamp
-	31, // 14: pergola.v1.Site.removed_time:type_name -> google.protobuf.Timestamp
-	23, // 15: pergola.v1.DrainSiteResponse.site:type_name -> pergola.v1.Site
-	0,  // 16: pergola.v1.JobService.SubmitJob:input_type -> pergola.v1.SubmitJobRequest
-	2,  // 17: pergola.v1.JobService.GetJob:input_type -> pergola.v1.GetJobRequest
-	4,  // 18: pergola.v1.JobService.ListJobs:input_type -> pergola.v1.ListJobsRequest
-	6,  // 19: pergola.v1.JobService.AbortJob:input_type -> pergola.v1.AbortJobRequest
-	8,  // 20: pergola.v1.JobService.ResubmitJob:input_type -> pergola.v1.ResubmitJobRequest
-	10, // 21: pergola.v1.JobService.DeleteJob:input_type -> pergola.v1.DeleteJobRequest
-	12, // 22: pergola.v1.JobService.ListResults:input_type -> pergola.v1.ListResultsRequest
-	15, // 23: pergola.v1.JobService.DownloadResult:input_type -> pergola.v1.DownloadResultRequest
-	17, // 24: pergola.v1.JobService.WatchJob:input_type -> pergola.v1.WatchJobRequest
-	19, // 25: pergola.v1.JobService.TailLogs:input_type -> pergola.v1.TailLogsRequest
-	21, // 26: pergola.v1.JobService.ListSites:input_type -> pergola.v1.ListSitesRequest
-	24, // 27: pergola.v1.JobService.DrainSite:input_type -> pergola.v1.DrainSiteRequest
-	1,  // 28: pergola.v1.JobService.SubmitJob:output_type -> pergola.v1.SubmitJobResponse
-	3,  // 29: pergola.v1.JobService.GetJob:output_type -> pergola.v1.GetJobResponse
-	5,  // 30: pergola.v1.JobService.ListJobs:output_type -> pergola.v1.ListJobsResponse
-	7,  // 31: pergola.v1.JobService.AbortJob:output_type -> pergola.v1.AbortJobResponse
-	9,  // 32: pergola.v1.JobService.ResubmitJob:output_type -> pergola.v1.ResubmitJobResponse
-	11, // 33: pergola.v1.JobService.DeleteJob:output_type -> pergola.v1.DeleteJobResponse
-	13, // 34: pergola.v1.JobService.ListResults:output_type -> pergola.v1.ListResultsResponse
-	16, // 35: pergola.v1.JobService.DownloadResult:output_type -> pergola.v1.DownloadResultResponse
-	18, // 36: pergola.v1.JobService.WatchJob:output_type -> pergola.v1.WatchJobResponse
-	20, // 37: pergola.v1.JobService.TailLogs:output_type -> pergola.v1.TailLogsResponse
-	22, // 38: pergola.v1.JobService.ListSites:output_type -> pergola.v1.ListSitesResponse
-	25, // 39: pergola.v1.JobService.DrainSite:output_type -> pergola.v1.DrainSiteResponse
-	28, // [28:40] is the sub-list for method output_type
-	16, // [16:28] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	31, // 8: pergola.v1.TailLogsRequest.since:type_name -> google.protobuf.Timestamp
+	32, // 9: pergola.v1.TailLogsRequest.ago:type_name -> google.protobuf.Duration
+	33, // 10: pergola.v1.TailLogsResponse.chunk:type_name -> pergola.v1.LogChunk
+	27, // 11: pergola.v1.TailLogsResponse.begins:type_name -> pergola.v1.TailLogsResponse.BeginsEntry
+	23, // 12: pergola.v1.ListSitesResponse.sites:type_name -> pergola.v1.Site
+	31, // 13: pergola.v1.Site.since:type_name -> google.protobuf.Timestamp
+	34, // 14: pergola.v1.Site.offer:type_name -> pergola.v1.SiteOffer
+	28, // 15: pergola.v1.Site.used:type_name -> pergola.v1.Site.UsedEntry
+	31, // 16: pergola.v1.Site.enrolled_time:type_name -> google.protobuf.Timestamp
+	31, // 17: pergola.v1.Site.removed_time:type_name -> google.protobuf.Timestamp
+	23, // 18: pergola.v1.DrainSiteResponse.site:type_name -> pergola.v1.Site
+	0,  // 19: pergola.v1.JobService.SubmitJob:input_type -> pergola.v1.SubmitJobRequest
+	2,  // 20: pergola.v1.JobService.GetJob:input_type -> pergola.v1.GetJobRequest
+	4,  // 21: pergola.v1.JobService.ListJobs:input_type -> pergola.v1.ListJobsRequest
+	6,  // 22: pergola.v1.JobService.AbortJob:input_type -> pergola.v1.AbortJobRequest
+	8,  // 23: pergola.v1.JobService.ResubmitJob:input_type -> pergola.v1.ResubmitJobRequest
+	10, // 24: pergola.v1.JobService.DeleteJob:input_type -> pergola.v1.DeleteJobRequest
+	12, // 25: pergola.v1.JobService.ListResults:input_type -> pergola.v1.ListResultsRequest
+	15, // 26: pergola.v1.JobService.DownloadResult:input_type -> pergola.v1.DownloadResultRequest
+	17, // 27: pergola.v1.JobService.WatchJob:input_type -> pergola.v1.WatchJobRequest
+	19, // 28: pergola.v1.JobService.TailLogs:input_type -> pergola.v1.TailLogsRequest
+	21, // 29: pergola.v1.JobService.ListSites:input_type -> pergola.v1.ListSitesRequest
+	24, // 30: pergola.v1.JobService.DrainSite:input_type -> pergola.v1.DrainSiteRequest
+	1,  // 31: pergola.v1.JobService.SubmitJob:output_type -> pergola.v1.SubmitJobResponse
+	3,  // 32: pergola.v1.JobService.GetJob:output_type -> pergola.v1.GetJobResponse
+	5,  // 33: pergola.v1.JobService.ListJobs:output_type -> pergola.v1.ListJobsResponse
+	7,  // 34: pergola.v1.JobService.AbortJob:output_type -> pergola.v1.AbortJobResponse
+	9,  // 35: pergola.v1.JobService.ResubmitJob:output_type -> pergola.v1.ResubmitJobResponse
+	11, // 36: pergola.v1.JobService.DeleteJob:output_type -> pergola.v1.DeleteJobResponse
+	13, // 37: pergola.v1.JobService.ListResults:output_type -> pergola.v1.ListResultsResponse
+	16, // 38: pergola.v1.JobService.DownloadResult:output_type -> pergola.v1.DownloadResultResponse
+	18, // 39: pergola.v1.JobService.WatchJob:output_type -> pergola.v1.WatchJobResponse
+	20, // 40: pergola.v1.JobService.TailLogs:output_type -> pergola.v1.TailLogsResponse
+	22, // 41: pergola.v1.JobService.ListSites:output_type -> pergola.v1.ListSitesResponse
+	25, // 42: pergola.v1.JobService.DrainSite:output_type -> pergola.v1.DrainSiteResponse
+	31, // [31:43] is the sub-list for method output_type
+	19, // [19:31] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_pergola_v1_jobs_proto_init() }
@@ -1630,13 +1690,14 @@ func file_pergola_v1_jobs_proto_init() {
 	}
 	file_pergola_v1_sites_proto_init()
 	file_pergola_v1_types_proto_init()
+	file_pergola_v1_jobs_proto_msgTypes[19].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pergola_v1_jobs_proto_rawDesc), len(file_pergola_v1_jobs_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   28,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -607,16 +607,20 @@ func (x *Event) GetBody() *structpb.Struct {
 	return nil
 }
 
-// LogChunk is a piece of one party's log file.
+// LogChunk is a piece of one party's log.
 type LogChunk struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	JobId string                 `protobuf:"bytes,1,opt,name=job_id,json=jobId,proto3" json:"job_id,omitempty"`
 	Party string                 `protobuf:"bytes,2,opt,name=party,proto3" json:"party,omitempty"`
-	// Name of the file, without a folder.
+	// Name of the log, without a folder.
 	File string `protobuf:"bytes,3,opt,name=file,proto3" json:"file,omitempty"`
-	// Where data begins in the file, in bytes.
-	Offset        int64  `protobuf:"varint,4,opt,name=offset,proto3" json:"offset,omitempty"`
-	Data          []byte `protobuf:"bytes,5,opt,name=data,proto3" json:"data,omitempty"`
+	// Where data begins in the log, in bytes. Bytes that are not kept count.
+	Offset int64  `protobuf:"varint,4,opt,name=offset,proto3" json:"offset,omitempty"`
+	Data   []byte `protobuf:"bytes,5,opt,name=data,proto3" json:"data,omitempty"`
+	// How many bytes in front of data are not kept, and have not been sent either.
+	Skipped int64 `protobuf:"varint,6,opt,name=skipped,proto3" json:"skipped,omitempty"`
+	// When bytes of data were written, by the party's clock: at least once for each second in which there were some.
+	Times         []*LogTime `protobuf:"bytes,7,rep,name=times,proto3" json:"times,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -686,6 +690,74 @@ func (x *LogChunk) GetData() []byte {
 	return nil
 }
 
+func (x *LogChunk) GetSkipped() int64 {
+	if x != nil {
+		return x.Skipped
+	}
+	return 0
+}
+
+func (x *LogChunk) GetTimes() []*LogTime {
+	if x != nil {
+		return x.Times
+	}
+	return nil
+}
+
+// LogTime says when the byte at an offset of a log was written. What follows it, up to the next one, was written less than a
+// second later.
+type LogTime struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Offset        int64                  `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"`
+	Time          *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *LogTime) Reset() {
+	*x = LogTime{}
+	mi := &file_pergola_v1_types_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *LogTime) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*LogTime) ProtoMessage() {}
+
+func (x *LogTime) ProtoReflect() protoreflect.Message {
+	mi := &file_pergola_v1_types_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use LogTime.ProtoReflect.Descriptor instead.
+func (*LogTime) Descriptor() ([]byte, []int) {
+	return file_pergola_v1_types_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *LogTime) GetOffset() int64 {
+	if x != nil {
+		return x.Offset
+	}
+	return 0
+}
+
+func (x *LogTime) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
 var File_pergola_v1_types_proto protoreflect.FileDescriptor
 
 const file_pergola_v1_types_proto_rawDesc = "" +
@@ -743,13 +815,18 @@ const file_pergola_v1_types_proto_rawDesc = "" +
 	"\x04time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x14\n" +
 	"\x05party\x18\x04 \x01(\tR\x05party\x12\x12\n" +
 	"\x04kind\x18\x05 \x01(\tR\x04kind\x12+\n" +
-	"\x04body\x18\x06 \x01(\v2\x17.google.protobuf.StructR\x04body\"w\n" +
+	"\x04body\x18\x06 \x01(\v2\x17.google.protobuf.StructR\x04body\"\xbc\x01\n" +
 	"\bLogChunk\x12\x15\n" +
 	"\x06job_id\x18\x01 \x01(\tR\x05jobId\x12\x14\n" +
 	"\x05party\x18\x02 \x01(\tR\x05party\x12\x12\n" +
 	"\x04file\x18\x03 \x01(\tR\x04file\x12\x16\n" +
 	"\x06offset\x18\x04 \x01(\x03R\x06offset\x12\x12\n" +
-	"\x04data\x18\x05 \x01(\fR\x04dataB@Z>github.com/pergolafl/pergola/internal/api/pergola/v1;pergolav1b\x06proto3"
+	"\x04data\x18\x05 \x01(\fR\x04data\x12\x18\n" +
+	"\askipped\x18\x06 \x01(\x03R\askipped\x12)\n" +
+	"\x05times\x18\a \x03(\v2\x13.pergola.v1.LogTimeR\x05times\"Q\n" +
+	"\aLogTime\x12\x16\n" +
+	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04timeB@Z>github.com/pergolafl/pergola/internal/api/pergola/v1;pergolav1b\x06proto3"
 
 var (
 	file_pergola_v1_types_proto_rawDescOnce sync.Once
@@ -763,7 +840,7 @@ func file_pergola_v1_types_proto_rawDescGZIP() []byte {
 	return file_pergola_v1_types_proto_rawDescData
 }
 
-var file_pergola_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_pergola_v1_types_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_pergola_v1_types_proto_goTypes = []any{
 	(*Problem)(nil),               // 0: pergola.v1.Problem
 	(*Job)(nil),                   // 1: pergola.v1.Job
@@ -772,26 +849,29 @@ var file_pergola_v1_types_proto_goTypes = []any{
 	(*Party)(nil),                 // 4: pergola.v1.Party
 	(*Event)(nil),                 // 5: pergola.v1.Event
 	(*LogChunk)(nil),              // 6: pergola.v1.LogChunk
-	(*timestamppb.Timestamp)(nil), // 7: google.protobuf.Timestamp
-	(*structpb.Struct)(nil),       // 8: google.protobuf.Struct
+	(*LogTime)(nil),               // 7: pergola.v1.LogTime
+	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
+	(*structpb.Struct)(nil),       // 9: google.protobuf.Struct
 }
 var file_pergola_v1_types_proto_depIdxs = []int32{
 	0,  // 0: pergola.v1.Job.cause:type_name -> pergola.v1.Problem
-	7,  // 1: pergola.v1.Job.create_time:type_name -> google.protobuf.Timestamp
-	7,  // 2: pergola.v1.Job.start_time:type_name -> google.protobuf.Timestamp
-	7,  // 3: pergola.v1.Job.end_time:type_name -> google.protobuf.Timestamp
+	8,  // 1: pergola.v1.Job.create_time:type_name -> google.protobuf.Timestamp
+	8,  // 2: pergola.v1.Job.start_time:type_name -> google.protobuf.Timestamp
+	8,  // 3: pergola.v1.Job.end_time:type_name -> google.protobuf.Timestamp
 	4,  // 4: pergola.v1.Job.parties:type_name -> pergola.v1.Party
 	2,  // 5: pergola.v1.Job.wait:type_name -> pergola.v1.Wait
 	3,  // 6: pergola.v1.Wait.lacks:type_name -> pergola.v1.Lack
 	0,  // 7: pergola.v1.Party.cause:type_name -> pergola.v1.Problem
-	7,  // 8: pergola.v1.Party.update_time:type_name -> google.protobuf.Timestamp
-	7,  // 9: pergola.v1.Event.time:type_name -> google.protobuf.Timestamp
-	8,  // 10: pergola.v1.Event.body:type_name -> google.protobuf.Struct
-	11, // [11:11] is the sub-list for method output_type
-	11, // [11:11] is the sub-list for method input_type
-	11, // [11:11] is the sub-list for extension type_name
-	11, // [11:11] is the sub-list for extension extendee
-	0,  // [0:11] is the sub-list for field type_name
+	8,  // 8: pergola.v1.Party.update_time:type_name -> google.protobuf.Timestamp
+	8,  // 9: pergola.v1.Event.time:type_name -> google.protobuf.Timestamp
+	9,  // 10: pergola.v1.Event.body:type_name -> google.protobuf.Struct
+	7,  // 11: pergola.v1.LogChunk.times:type_name -> pergola.v1.LogTime
+	8,  // 12: pergola.v1.LogTime.time:type_name -> google.protobuf.Timestamp
+	13, // [13:13] is the sub-list for method output_type
+	13, // [13:13] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_pergola_v1_types_proto_init() }
@@ -805,7 +885,7 @@ func file_pergola_v1_types_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_pergola_v1_types_proto_rawDesc), len(file_pergola_v1_types_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -26,8 +26,12 @@ const (
 const (
 	// BundleServiceHasBundleProcedure is the procedure name of the BundleService's HasBundle RPC.
 	BundleServiceHasBundleProcedure = "/pergola.v1.BundleService/HasBundle"
+	// BundleServiceFindUploadProcedure is the procedure name of the BundleService's FindUpload RPC.
+	BundleServiceFindUploadProcedure = "/pergola.v1.BundleService/FindUpload"
 	// BundleServiceUploadBundleProcedure is the procedure name of the BundleService's UploadBundle RPC.
 	BundleServiceUploadBundleProcedure = "/pergola.v1.BundleService/UploadBundle"
+	// BundleServiceFinishUploadProcedure is the procedure name of the BundleService's FinishUpload RPC.
+	BundleServiceFinishUploadProcedure = "/pergola.v1.BundleService/FinishUpload"
 	// BundleServiceDownloadBundleProcedure is the procedure name of the BundleService's DownloadBundle
 	// RPC.
 	BundleServiceDownloadBundleProcedure = "/pergola.v1.BundleService/DownloadBundle"
@@ -41,11 +45,25 @@ var (
 			Procedure:  BundleServiceHasBundleProcedure,
 		}
 	})
+	bundleServiceFindUploadSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeUnary,
+			Schema:     v1.File_pergola_v1_bundles_proto.Services().ByName("BundleService").Methods().ByName("FindUpload"),
+			Procedure:  BundleServiceFindUploadProcedure,
+		}
+	})
 	bundleServiceUploadBundleSpec = sync.OnceValue(func() connect.Spec {
 		return connect.Spec{
-			StreamType: connect.StreamTypeClient,
+			StreamType: connect.StreamTypeUnary,
 			Schema:     v1.File_pergola_v1_bundles_proto.Services().ByName("BundleService").Methods().ByName("UploadBundle"),
 			Procedure:  BundleServiceUploadBundleProcedure,
+		}
+	})
+	bundleServiceFinishUploadSpec = sync.OnceValue(func() connect.Spec {
+		return connect.Spec{
+			StreamType: connect.StreamTypeUnary,
+			Schema:     v1.File_pergola_v1_bundles_proto.Services().ByName("BundleService").Methods().ByName("FinishUpload"),
+			Procedure:  BundleServiceFinishUploadProcedure,
 		}
 	})
 	bundleServiceDownloadBundleSpec = sync.OnceValue(func() connect.Spec {
@@ -61,8 +79,12 @@ var (
 type BundleServiceClient interface {
 	// HasBundle tells whether the hub has a bundle already.
 	HasBundle(context.Context, *v1.HasBundleRequest) (*v1.HasBundleResponse, error)
-	// UploadBundle stores a bundle; the hub checks its digest and every file in it.
-	UploadBundle(context.Context) (BundleServiceUploadBundleClientStream, error)
+	// FindUpload tells how much of a bundle the hub has of an earlier upload by the same user.
+	FindUpload(context.Context, *v1.FindUploadRequest) (*v1.FindUploadResponse, error)
+	// UploadBundle appends a piece of a packed bundle to what the hub has of it.
+	UploadBundle(context.Context, *v1.UploadBundleRequest) (*v1.UploadBundleResponse, error)
+	// FinishUpload makes a bundle of what was uploaded; the hub checks its digest and every file in it. Repeating it is harmless.
+	FinishUpload(context.Context, *v1.FinishUploadRequest) (*v1.FinishUploadResponse, error)
 	// DownloadBundle streams a bundle.
 	DownloadBundle(context.Context, *v1.DownloadBundleRequest) (BundleServiceDownloadBundleClientStream, error)
 }
@@ -71,36 +93,6 @@ type BundleServiceClient interface {
 // service clients may share a single connect.Client.
 func NewBundleServiceClient(client *connect.Client) BundleServiceClient {
 	return &bundleServiceClient{client: client}
-}
-
-// BundleServiceUploadBundleClientStream is the client stream for the BundleService's UploadBundle
-// RPC.
-type BundleServiceUploadBundleClientStream struct {
-	stream connect.ClientStream
-}
-
-// SendHeaders opens the stream and flushes the request headers without a message. The first Send or
-// Receive does this implicitly.
-func (s BundleServiceUploadBundleClientStream) SendHeaders() error {
-	return s.stream.SendHeaders()
-}
-
-// Send sends a request message to the server.
-func (s BundleServiceUploadBundleClientStream) Send(req *v1.UploadBundleRequest) error {
-	return s.stream.Send(req)
-}
-
-// CloseAndReceive closes the request side of the stream and returns the single response message. It
-// reads the stream to completion to release its resources.
-func (s BundleServiceUploadBundleClientStream) CloseAndReceive() (*v1.UploadBundleResponse, error) {
-	if err := s.stream.CloseSend(); err != nil {
-		return nil, err
-	}
-	var res v1.UploadBundleResponse
-	if err := s.stream.Receive(&res); err != nil {
-		return nil, err
-	}
-	return &res, nil
 }
 
 // BundleServiceDownloadBundleClientStream is the client stream for the BundleService's
@@ -128,8 +120,12 @@ func (s BundleServiceDownloadBundleClientStream) Close() error {
 type BundleServiceHandler interface {
 	// HasBundle tells whether the hub has a bundle already.
 	HasBundle(context.Context, *v1.HasBundleRequest) (*v1.HasBundleResponse, error)
-	// UploadBundle stores a bundle; the hub checks its digest and every file in it.
-	UploadBundle(context.Context, BundleServiceUploadBundleServerStream) (*v1.UploadBundleResponse, error)
+	// FindUpload tells how much of a bundle the hub has of an earlier upload by the same user.
+	FindUpload(context.Context, *v1.FindUploadRequest) (*v1.FindUploadResponse, error)
+	// UploadBundle appends a piece of a packed bundle to what the hub has of it.
+	UploadBundle(context.Context, *v1.UploadBundleRequest) (*v1.UploadBundleResponse, error)
+	// FinishUpload makes a bundle of what was uploaded; the hub checks its digest and every file in it. Repeating it is harmless.
+	FinishUpload(context.Context, *v1.FinishUploadRequest) (*v1.FinishUploadResponse, error)
 	// DownloadBundle streams a bundle.
 	DownloadBundle(context.Context, *v1.DownloadBundleRequest, BundleServiceDownloadBundleServerStream) error
 }
@@ -140,24 +136,11 @@ func RegisterBundleServiceHandler(server *connect.Server, svc BundleServiceHandl
 	adapter := bundleServiceHandler{svc: svc}
 	server.Register(
 		connect.Method{Spec: bundleServiceHasBundleSpec(), Handler: adapter.hasBundle},
+		connect.Method{Spec: bundleServiceFindUploadSpec(), Handler: adapter.findUpload},
 		connect.Method{Spec: bundleServiceUploadBundleSpec(), Handler: adapter.uploadBundle},
+		connect.Method{Spec: bundleServiceFinishUploadSpec(), Handler: adapter.finishUpload},
 		connect.Method{Spec: bundleServiceDownloadBundleSpec(), Handler: adapter.downloadBundle},
 	)
-}
-
-// BundleServiceUploadBundleServerStream is the server stream for the BundleService's UploadBundle
-// RPC.
-type BundleServiceUploadBundleServerStream struct {
-	stream connect.ServerStream
-}
-
-// Receive returns the next request message from the client.
-func (s BundleServiceUploadBundleServerStream) Receive() (*v1.UploadBundleRequest, error) {
-	var req v1.UploadBundleRequest
-	if err := s.stream.Receive(&req); err != nil {
-		return nil, err
-	}
-	return &req, nil
 }
 
 // BundleServiceDownloadBundleServerStream is the server stream for the BundleService's
@@ -183,8 +166,16 @@ func (UnimplementedBundleServiceHandler) HasBundle(context.Context, *v1.HasBundl
 	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.BundleService.HasBundle is not implemented")
 }
 
-func (UnimplementedBundleServiceHandler) UploadBundle(context.Context, BundleServiceUploadBundleServerStream) (*v1.UploadBundleResponse, error) {
+func (UnimplementedBundleServiceHandler) FindUpload(context.Context, *v1.FindUploadRequest) (*v1.FindUploadResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.BundleService.FindUpload is not implemented")
+}
+
+func (UnimplementedBundleServiceHandler) UploadBundle(context.Context, *v1.UploadBundleRequest) (*v1.UploadBundleResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.BundleService.UploadBundle is not implemented")
+}
+
+func (UnimplementedBundleServiceHandler) FinishUpload(context.Context, *v1.FinishUploadRequest) (*v1.FinishUploadResponse, error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, "pergola.v1.BundleService.FinishUpload is not implemented")
 }
 
 func (UnimplementedBundleServiceHandler) DownloadBundle(context.Context, *v1.DownloadBundleRequest, BundleServiceDownloadBundleServerStream) error {
@@ -203,12 +194,28 @@ func (c *bundleServiceClient) HasBundle(ctx context.Context, req *v1.HasBundleRe
 	return &res, nil
 }
 
-func (c *bundleServiceClient) UploadBundle(ctx context.Context) (BundleServiceUploadBundleClientStream, error) {
-	stream, err := c.client.CallClientStream(ctx, bundleServiceUploadBundleSpec())
-	if err != nil {
-		return BundleServiceUploadBundleClientStream{}, err
+func (c *bundleServiceClient) FindUpload(ctx context.Context, req *v1.FindUploadRequest) (*v1.FindUploadResponse, error) {
+	var res v1.FindUploadResponse
+	if err := c.client.CallUnary(ctx, bundleServiceFindUploadSpec(), req, &res); err != nil {
+		return nil, err
 	}
-	return BundleServiceUploadBundleClientStream{stream: stream}, nil
+	return &res, nil
+}
+
+func (c *bundleServiceClient) UploadBundle(ctx context.Context, req *v1.UploadBundleRequest) (*v1.UploadBundleResponse, error) {
+	var res v1.UploadBundleResponse
+	if err := c.client.CallUnary(ctx, bundleServiceUploadBundleSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
+}
+
+func (c *bundleServiceClient) FinishUpload(ctx context.Context, req *v1.FinishUploadRequest) (*v1.FinishUploadResponse, error) {
+	var res v1.FinishUploadResponse
+	if err := c.client.CallUnary(ctx, bundleServiceFinishUploadSpec(), req, &res); err != nil {
+		return nil, err
+	}
+	return &res, nil
 }
 
 func (c *bundleServiceClient) DownloadBundle(ctx context.Context, req *v1.DownloadBundleRequest) (BundleServiceDownloadBundleClientStream, error) {
@@ -233,8 +240,36 @@ func (h bundleServiceHandler) hasBundle(ctx context.Context, _ connect.Spec, str
 	return stream.Send(res)
 }
 
+func (h bundleServiceHandler) findUpload(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.FindUploadRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.FindUpload(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
 func (h bundleServiceHandler) uploadBundle(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
-	res, err := h.svc.UploadBundle(ctx, BundleServiceUploadBundleServerStream{stream: stream})
+	var req v1.UploadBundleRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.UploadBundle(ctx, &req)
+	if err != nil {
+		return err
+	}
+	return stream.Send(res)
+}
+
+func (h bundleServiceHandler) finishUpload(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	var req v1.FinishUploadRequest
+	if err := stream.Receive(&req); err != nil {
+		return err
+	}
+	res, err := h.svc.FinishUpload(ctx, &req)
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,48 @@
+// Package keyed has locks by name, for what is done to one thing at a time and to many things at once. It is no lock between
+// processes. Start with [Locks].
+package keyed
+
+import (
+	"context"
+	"sync"
+)
+
+// Locks has a lock for each name. The zero value is ready.
+type Locks struct {
+	mu    sync.Mutex // guards the rest
+	locks map[string]*lock
+}
+
+type lock struct {
+	held  chan struct{} // has room for one: who holds the lock has filled it
+	users int           // those who hold it or wait for it
+}
+
+// Lock waits until nobody else has the lock of that name, or ctx ends, whose cause it gives then. Who has it calls unlock, once.
+func (l *Locks) Lock(ctx context.Context, name string) (unlock func(), err error) {
+	l.mu.Lock()
+	if l.locks == nil {
+		l.locks = map[string]*lock{}
+	}
+	k := l.locks[name]
+	if k == nil {
+		k = &lock{held: make(chan struct{}, 1)}
+		l.locks[name] = k
+	}
+	k.users++
+	l.mu.Unlock()
+	leave := func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if k.users--; k.users == 0 {
+			delete(l.locks, name)
+		}
+	}
+	select {
+	case k.held <- struct{}{}:
+		return func() { <-k.held; leave() }, nil
+	case <-ctx.Done():
+		leave()
+		return nil, context.Cause(ctx)
+	}
+}
