@@ -25,6 +25,7 @@ type HostConfig struct {
 	Echo       io.Writer
 	OnEvent    func(Event)
 	OnLogError func(error)
+	OpenLog    func(path string) (io.WriteCloser, error) // opens a log in LogDir to append to it; nil: a file
 }
 
 // Host starts such processes. What they print goes where the lines of Flower's programs go, and is read for events as those are.
@@ -35,7 +36,7 @@ type Host struct {
 
 // NewHost makes a Host; it starts nothing.
 func NewHost(cfg HostConfig) (*Host, error) {
-	p, err := newParty(cfg.Install, cfg.Dir, cfg.LogDir, cfg.FlwrHome, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError, cfg.IP)
+	p, err := newParty(cfg.Install, cfg.Dir, cfg.LogDir, cfg.FlwrHome, cfg.OpenLog, cfg.Env, cfg.Party, cfg.Echo, cfg.OnEvent, cfg.OnLogError, cfg.IP)
 	if err != nil {
 		return nil, err
 	}

@@ -51,7 +51,7 @@ func (r *runner) shim(ctx context.Context, p *prepared) (native.Shim, error) {
 func (r *runner) host(p *prepared, dir string) (*flower.Host, error) {
 	return flower.NewHost(flower.HostConfig{
 		Install: p.inst, Server: r.spec.IsHub(), Dir: dir, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Env: p.env, Party: r.spec.Party,
-		OnEvent: r.event, OnLogError: r.diskError,
+		OnEvent: r.event, OnLogError: r.diskError, OpenLog: r.openLog,
 	})
 }
 
