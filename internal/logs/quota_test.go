@@ -5,11 +5,13 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -124,20 +126,24 @@ func TestQuota(t *testing.T) {
 // A party writes with a quota, a copy of it has another one, and is cut off at any time; a reader of the copy gets each byte
 // once or is told that it is left out, and the copy is within its quota.
 func TestCopiesWithQuotas(t *testing.T) {
+	// Each makes hundreds of files many times.
+	was := flag.Lookup("rapid.checks").Value.String()
+	must(t, flag.Set("rapid.checks", "20"))
+	defer func() { must(t, flag.Set("rapid.checks", was)) }()
 	rapid.Check(t, func(t *rapid.T) {
 		base, err := os.MkdirTemp("", "logs")
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer os.RemoveAll(base)
-		from := Dir{Path: filepath.Join(base, "from"), Quota: rapid.Int64Range(4<<10, 32<<10).Draw(t, "quota")}
-		to := Dir{Path: filepath.Join(base, "to"), Quota: rapid.Int64Range(4<<10, 32<<10).Draw(t, "quota of the copy")}
+		from := Dir{Path: filepath.Join(base, "from"), Quota: rapid.Int64Range(8<<10, 32<<10).Draw(t, "quota")}
+		to := Dir{Path: filepath.Join(base, "to"), Quota: rapid.Int64Range(8<<10, 32<<10).Draw(t, "quota of the copy")}
 		for _, d := range []Dir{from, to} {
 			if err := os.Mkdir(d.Path, 0o700); err != nil {
 				t.Fatal(err)
 			}
 		}
-		data := numbered(rapid.IntRange(1, 8000).Draw(t, "lines"))
+		data := numbered(rapid.IntRange(1, 6000).Draw(t, "lines"))
 		chunk := rapid.IntRange(50, 4000).Draw(t, "chunk")
 		w, err := from.Open("a.txt")
 		if err != nil {
@@ -167,7 +173,7 @@ func TestCopiesWithQuotas(t *testing.T) {
 			}
 		}
 		for at := 0; at < len(data); {
-			n := min(rapid.IntRange(1_000, 20_000).Draw(t, "written"), len(data)-at)
+			n := min(rapid.IntRange(4_000, 20_000).Draw(t, "written"), len(data)-at)
 			if _, err := w.Write(data[at : at+n]); err != nil {
 				t.Fatal(err)
 			}
@@ -315,4 +321,39 @@ func FuzzReadTimes(f *testing.F) {
 			t.Errorf("%d of %d bytes, %v", n, len(b), err)
 		}
 	})
+}
+
+// Programs that share a log do not write over one another, whoever ends first.
+func TestSet(t *testing.T) {
+	s := &Set{Dir: Dir{Path: t.TempDir(), Quota: 1 << 20}}
+	var wg sync.WaitGroup
+	for i := range 4 {
+		wg.Go(func() {
+			w, err := s.Open("a.txt")
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			for n := range 500 {
+				if _, err := fmt.Fprintf(w, "%d of %d\n", n, i); err != nil {
+					t.Error(err)
+				}
+			}
+			if err := errors.Join(w.Close(), w.Close()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	next := map[int]int{}
+	for line := range strings.Lines(wholeOf(t, s.Dir.Path, "a.txt")) {
+		var n, i int
+		if _, err := fmt.Sscanf(line, "%d of %d\n", &n, &i); err != nil || next[i] != n {
+			t.Fatalf("%q, %v, where %d of %d should be", line, err, next[i], i)
+		}
+		next[i]++
+	}
+	if len(next) != 4 || len(s.open) != 0 {
+		t.Errorf("lines of %d programs, %d logs are open", len(next), len(s.open))
+	}
 }

@@ -196,7 +196,15 @@ func (r *runner) environmentLog() (write func(string), end func()) {
 
 // openLog opens a log of the party's for a program's lines, within the quota of them all.
 func (r *runner) openLog(path string) (io.WriteCloser, error) {
-	d := logs.Dir{Path: filepath.Dir(path), Quota: r.spec.LogQuota, OnGap: func(name string, g logs.Gap, first bool) {
+	if filepath.Dir(path) != r.logs.Dir.Path {
+		return nil, fmt.Errorf("%s is no log of this party", path)
+	}
+	return r.logs.Open(filepath.Base(path))
+}
+
+// logsOf gives the party's logs. What of them is left out first is told.
+func (r *runner) logsOf() *logs.Set {
+	return &logs.Set{Dir: logs.Dir{Path: r.spec.Logs, Quota: r.spec.LogQuota, OnGap: func(name string, _ logs.Gap, first bool) {
 		if !first {
 			return
 		}
@@ -205,8 +213,7 @@ func (r *runner) openLog(path string) (io.WriteCloser, error) {
 		if r.spec.IsHub() { // what of a site's logs is left out is the hub's to say: it has a copy of its own
 			r.note(job.KindWarning, job.Text{Message: text})
 		}
-	}}
-	return d.Open(filepath.Base(path))
+	}}}
 }
 
 // claimAddress takes a loopback address for this party alone: whoever holds the abstract unix socket of its name owns all

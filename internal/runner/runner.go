@@ -35,6 +35,7 @@ import (
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/logline"
+	"github.com/pergolafl/pergola/internal/logs"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/proc"
 	"github.com/pergolafl/pergola/internal/sock"
@@ -57,6 +58,7 @@ type runner struct {
 	journal *journal
 	desired *cell
 	end     context.CancelCauseFunc // ends the party's work
+	logs    *logs.Set               // of the party's programs
 	staged  snapshot                // hub's party: the app's files before its programs start
 
 	mu       sync.Mutex // guards the rest
@@ -94,6 +96,7 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 		return err
 	}
 	r := &runner{dir: dir, spec: spec, log: log, journal: j, desired: newCell()}
+	r.logs = r.logsOf()
 	ln, err := sock.Listen(filepath.Join(dir, controlSock))
 	if err != nil {
 		return err
