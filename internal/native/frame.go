@@ -85,6 +85,8 @@ type head struct {
 	Reason     string          `json:"reason,omitempty"`
 	Numbers    Values          `json:"numbers,omitempty"`
 	Round      int             `json:"round,omitempty"`
+	Kept       bool            `json:"kept,omitempty"` // the node's state stays what it was
+	Died       string          `json:"died,omitempty"` // how the forked child ended that was to answer
 	Err        *errorReply     `json:"error_reply,omitempty"`
 	Seconds    float64         `json:"seconds,omitempty"`
 

@@ -442,6 +442,29 @@ func TestWorkersThatFail(t *testing.T) {
 	}
 }
 
+// A reply that has no state, for the process that had it is gone, leaves the node's as it was; how a forked child ended is told.
+func TestStateIsKept(t *testing.T) {
+	w := newWorld(t, 1, 1, 1, Fork, func(conn *conn, f *frame, packs map[string]string) (*frame, bool) {
+		if string(f.proto) == "dies" {
+			return &frame{head: head{Kept: true, Died: "it was ended by SIGSEGV"}, proto: []byte("error")}, true
+		}
+		return echo(conn, f, packs)
+	})
+	for i, c := range []struct{ text, want string }{{"first", `first at 0 after ""`}, {"dies", "error"}, {"second", `second at 0 after "."`}} {
+		w.send(frame{head: head{T: tMsg, ID: fmt.Sprint(i), Node: w.nodes[0], TTL: 100}, proto: []byte(c.text)})
+		if f := w.next(tReply); string(f.proto) != c.want || f.Kept || f.Died != "" {
+			t.Errorf("%s is answered %+v, %q, want %q", c.text, f.head, f.proto, c.want)
+		}
+	}
+	if how := <-w.deaths; how != "it was ended by SIGSEGV true" {
+		t.Errorf("the child is said to be gone for %q", how)
+	}
+	if n := w.starts.Load(); n != 1 {
+		t.Errorf("%d workers were started", n)
+	}
+	w.done()
+}
+
 // A worker that cannot even start is not started for ever.
 func TestWorkersThatNeverStart(t *testing.T) {
 	w := &world{t: t}

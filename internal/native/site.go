@@ -529,12 +529,17 @@ func (s *Site) serve(ctx context.Context, w *worker, t *task) error {
 		}
 		return err
 	}
-	t.node.keep(f.state, a.state)
+	if !f.Kept {
+		t.node.keep(f.state, a.state)
+	}
+	if f.Died != "" {
+		s.opt.OnDeath(f.Died, true)
+	}
 	if s.opt.OnProgress != nil {
 		s.opt.OnProgress("a message was answered")
 	}
 	out := frame{head: f.head, proto: f.proto}
-	out.SPack, out.SLens, out.Slen, out.Fds, out.Node = "", nil, 0, nil, t.node.id
+	out.SPack, out.SLens, out.Slen, out.Fds, out.Kept, out.Died, out.Node = "", nil, 0, nil, false, "", t.node.id
 	if a.file == nil {
 		return s.link.write(out)
 	}
