@@ -95,6 +95,7 @@ fuzz: ## Run every fuzz target for FUZZTIME
 soak: ## Run the whole table of faults, then every fuzz target and faults of the link by random seeds, for SOAKTIME each
 	$(GO) test ./test/e2e -run TestFaults -faults -long-faults -timeout 90m
 	$(GO) test ./test/e2e -run TestLargeParameters -big -timeout 30m
+	$(GO) test ./internal/doctor -run TestDeep -deep
 	$(GO) test ./test/chaos -run TestSoak -timeout 0 -soak $(SOAKTIME)
 	tools/fuzz.sh $(SOAKTIME) $(filter-out ./...,$(PKG))
 

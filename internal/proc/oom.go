@@ -66,3 +66,7 @@ func oomIn(root, cgroups string) OOMCount {
 	}
 	return OOMCount{}
 }
+
+// OOMVisible tells whether such a count can be read here: without it, a program that the kernel killed for want of memory looks like one that
+// somebody killed.
+func OOMVisible() bool { return readOOM().ok }
