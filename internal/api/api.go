@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect/v2"
@@ -53,6 +54,7 @@ type Client struct {
 	Runner  pergolav1connect.RunnerServiceClient
 	Who     pergolav1connect.IdentityServiceClient
 	http    *http.Client
+	conns   *conns
 }
 
 // NewClient calls the hub at addr, as package uplink takes it, by the way that the environment says. What is wrong with either
@@ -60,7 +62,9 @@ type Client struct {
 func NewClient(addr string, conf *tls.Config) *Client {
 	c, err := Dial(uplink.Config{Hubs: []string{addr}, TLS: conf})
 	if err != nil {
-		return newClient(&http.Transport{DialTLSContext: func(context.Context, string, string) (net.Conn, error) { return nil, err }}, "https://"+pki.HubName)
+		return newClient(func() *http.Transport {
+			return &http.Transport{DialTLSContext: func(context.Context, string, string) (net.Conn, error) { return nil, err }}
+		}, "https://"+pki.HubName)
 	}
 	return c
 }
@@ -73,27 +77,60 @@ func Dial(up uplink.Config) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	t := &http.Transport{
-		DialTLSContext:    func(ctx context.Context, _, _ string) (net.Conn, error) { return d.Dial(ctx) },
-		ForceAttemptHTTP2: true,
-		HTTP2:             &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
-	}
-	return newClient(t, "https://"+d.Hubs()[0]), nil
+	return newClient(func() *http.Transport {
+		return &http.Transport{
+			DialTLSContext:    func(ctx context.Context, _, _ string) (net.Conn, error) { return d.Dial(ctx) },
+			ForceAttemptHTTP2: true,
+			HTTP2:             &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
+		}
+	}, "https://"+d.Hubs()[0]), nil
 }
 
 // NewRunnerClient calls the runner that serves the socket at path.
 func NewRunnerClient(path string) *Client {
-	t := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return sock.Dial(ctx, path) }}
-	return newClient(t, "http://runner")
+	return newClient(func() *http.Transport {
+		return &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return sock.Dial(ctx, path) }}
+	}, "http://runner")
 }
 
-func newClient(t *http.Transport, base string) *Client {
-	h := &http.Client{Transport: t}
+// conns are a client's connections, which can be left to their calls while later calls have others.
+type conns struct {
+	make func() *http.Transport
+
+	mu  sync.Mutex      // guards the rest
+	now *http.Transport // of calls that begin
+}
+
+func (c *conns) transport() *http.Transport {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now
+}
+
+// RoundTrip implements http.RoundTripper.
+func (c *conns) RoundTrip(r *http.Request) (*http.Response, error) { return c.transport().RoundTrip(r) }
+
+// CloseIdleConnections is what http.Client calls.
+func (c *conns) CloseIdleConnections() { c.transport().CloseIdleConnections() }
+
+// Fresh has calls from now on make connections of their own, as when there is another certificate. Those that are open go on
+// with their calls, and the hub closes them when they are idle.
+func (c *Client) Fresh() {
+	c.conns.mu.Lock()
+	old := c.conns.now
+	c.conns.now = c.conns.make()
+	c.conns.mu.Unlock()
+	old.CloseIdleConnections()
+}
+
+func newClient(t func() *http.Transport, base string) *Client {
+	own := &conns{make: t, now: t()}
+	h := &http.Client{Transport: own}
 	c := connect.NewClient(connecthttp.NewTransport(h, base, connecthttp.WithReadMaxBytes(MaxMessage)), clientProblems)
 	return &Client{
 		Jobs: pergolav1connect.NewJobServiceClient(c), Bundles: pergolav1connect.NewBundleServiceClient(c),
 		Sites: pergolav1connect.NewSiteServiceClient(c), Runner: pergolav1connect.NewRunnerServiceClient(c),
-		Who: pergolav1connect.NewIdentityServiceClient(c), http: h,
+		Who: pergolav1connect.NewIdentityServiceClient(c), http: h, conns: own,
 	}
 }
 

@@ -188,6 +188,9 @@ A directory that is there already and is of the same site keeps its site.toml, a
 				if err := config.Read(file, &conf); err != nil {
 					return err
 				}
+				if proxy == "" {
+					proxy = conf.Proxy
+				}
 				if conf.Name != t.Name {
 					return problem.New(problem.Usage, "choose another directory with --dir", "%s is of site %s, and the token is for site %s", dir, conf.Name, t.Name)
 				}
@@ -268,7 +271,8 @@ func newLogin(e env) *cobra.Command {
 	c := &cobra.Command{
 		Use: "login TOKEN", Short: "Become a user of the hub that made the token",
 		Long: `Login makes a key, has the hub sign its certificate, and keeps both as a context (see pergola context). The key never leaves this
-machine. The first context you have is the one in use.`,
+machine. The first context you have is the one in use. A context that is there already and is of the same user at the same hub stays, and
+gets a new key and certificate; the one it had before ends.`,
 		Example: "  pergola login pergola-user-eyJrIjoi…\n  pergola login TOKEN --context clinic",
 		Args:    exactArgs(1, "a token"), ValidArgsFunction: cobra.NoFileCompletions,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -279,13 +283,27 @@ machine. The first context you have is the one in use.`,
 			if name == "" {
 				name = contextName(t.Hubs)
 			}
-			if err := checkNewContext(name); err != nil {
-				return err
+			known, err := client.Load(name)
+			again := err == nil && known.Again(t.Name, t.CA)
+			if !again {
+				if err := checkNewContext(name); err != nil {
+					return err
+				}
 			}
 			ctx, cancel := untilSignal(cmd.Context())
 			defer cancel()
+			if again && proxy == "" {
+				proxy = known.Proxy
+			}
 			k, err := enrol.Join(ctx, t, proxy)
 			if err != nil {
+				return err
+			}
+			if again {
+				if err := known.Rejoin(k); err != nil {
+					return err
+				}
+				_, err = fmt.Fprintf(e.stdout, "you are user %s of %s again, in context %s\n", t.Name, strings.Join(t.Hubs, ", "), name)
 				return err
 			}
 			if err := client.Save(client.Context{Name: name, Hubs: t.Hubs, Proxy: proxy, User: t.Name}, k); err != nil {

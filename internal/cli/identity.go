@@ -11,9 +11,22 @@ import (
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/client"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 )
+
+// renewing has the certificate of a command's context renewed meanwhile, if that is due. The command does not fail over it: done waits
+// for it, for a few seconds at most, and says what was in the way.
+func renewing(ctx context.Context, e env, known client.Context, c *api.Client) (done func()) {
+	result := make(chan error, 1)
+	go func() { result <- known.Renew(ctx, c) }()
+	return func() {
+		if err := <-result; err != nil && ctx.Err() == nil {
+			fmt.Fprintf(e.stderr, "note: your certificate in context %s is good until %s and could not be renewed: %s\n", known.Name, known.Ends().Local().Format(time.DateTime), problem.From(err).What())
+		}
+	}
+}
 
 // removal is what is said of one who was removed.
 type removal struct {

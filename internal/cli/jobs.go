@@ -100,11 +100,12 @@ type hubCommand struct {
 func (h *hubCommand) with(ctx context.Context, fn func(context.Context, *api.Client) error) error {
 	ctx, cancel := untilSignal(ctx)
 	defer cancel()
-	c, _, err := client.Open(h.context)
+	c, known, err := client.Open(h.context)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
+	defer renewing(ctx, h.env, known, c)()
 	return fn(ctx, c)
 }
 

@@ -88,11 +88,12 @@ func (f *submitFlags) submit(ctx context.Context, e env, arg string) error {
 	o.Spec.Sites = f.sites
 	ctx, cancel := untilSignal(ctx)
 	defer cancel()
-	c, _, err := client.Open(f.context)
+	c, known, err := client.Open(f.context)
 	if err != nil {
 		return err
 	}
 	defer c.Close()
+	defer renewing(ctx, e, known, c)()
 	show, end := f.printer(e)
 	j, app, err := f.send(ctx, c, arg, o, show)
 	if err != nil {

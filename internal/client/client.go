@@ -4,18 +4,23 @@
 //	                                      user.crt, user.key, ca.crt
 //	$XDG_CONFIG_HOME/pergola/context                      the name of the one in use
 //
-// It neither makes identities nor renews them. Start with [Open].
+// It makes no identities; it has those that it knows renewed. Start with [Open].
 package client
 
 import (
+	"context"
+	"crypto/sha256"
+	"encoding/pem"
 	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pergolafl/pergola/internal/api"
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
@@ -38,6 +43,8 @@ type Context struct {
 	Hubs  []string `toml:"hubs"`  // "host:port", tried in turn
 	Proxy string   `toml:"proxy"` // as package uplink takes it; "" = as the environment says
 	User  string   `toml:"user"`  // whom the certificate speaks for
+
+	cred *pki.Credential // of Open
 }
 
 // Folder gives where the contexts of this user are.
@@ -170,18 +177,59 @@ func Open(name string) (*api.Client, Context, error) {
 	if err != nil {
 		return nil, c, err
 	}
-	k, err := pki.LoadKeypair(c.Dir, pair)
+	cred, err := pki.OpenCredential(c.Dir, pair)
 	if err != nil {
 		return nil, c, err
 	}
-	cert, err := k.Certificate()
+	conf, err := cred.ClientTLS(pki.HubName)
 	if err != nil {
 		return nil, c, err
 	}
-	roots, err := k.Roots()
-	if err != nil {
-		return nil, c, err
-	}
-	cl, err := api.Dial(uplink.Config{Hubs: c.Hubs, Proxy: c.Proxy, TLS: pki.ClientTLS(cert, roots, pki.HubName)})
+	c.cred = cred
+	cl, err := api.Dial(uplink.Config{Hubs: c.Hubs, Proxy: c.Proxy, TLS: conf})
 	return cl, c, err
 }
+
+// renewWait is how long a hub may take to renew a certificate.
+const renewWait = 5 * time.Second
+
+// Renew has the user's certificate renewed if that is due; cl is the client that [Open] gave with c. A certificate that is over
+// cannot be renewed, which calls say by themselves.
+func (c Context) Renew(ctx context.Context, cl *api.Client) error {
+	leaf := c.cred.Certificate().Leaf
+	if now := time.Now(); now.Before(pki.Due(leaf)) || now.After(leaf.NotAfter) {
+		return nil
+	}
+	id, err := pki.CertIdentity(leaf)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, renewWait)
+	defer cancel()
+	k, err := pki.NewSigned(id, c.cred.Pair().CAPEM, func(csr string) (string, string, error) {
+		res, err := cl.Who.Renew(ctx, &pb.RenewRequest{CsrPem: csr})
+		return res.GetCertificatePem(), "", err
+	})
+	if err != nil {
+		return err
+	}
+	return c.cred.Replace(k)
+}
+
+// Ends gives until when the user's certificate is good.
+func (c Context) Ends() time.Time { return c.cred.Certificate().Leaf.NotAfter }
+
+// Again tells whether a token of the hub with that authority lets a context's own user in again: then it gets a new certificate, and
+// stays as it is otherwise.
+func (c Context) Again(user string, authority [sha256.Size]byte) bool {
+	k, err := pki.LoadKeypair(c.Dir, pair)
+	if err != nil {
+		return false
+	}
+	id, err := k.Identity()
+	block, _ := pem.Decode(k.CAPEM)
+	return err == nil && id == pki.Identity{Kind: pki.KindUser, Name: user} && block != nil && sha256.Sum256(block.Bytes) == authority
+}
+
+// Rejoin gives a context a new key pair.
+func (c Context) Rejoin(k pki.Keypair) error { return pki.SaveKeypair(c.Dir, pair, k) }

@@ -86,37 +86,21 @@ func behind(id pki.Identity) (who pki.Identity, ok bool) {
 	return pki.Identity{}, false
 }
 
-// comeBack is how somebody who is out gets in again.
-func comeBack(who pki.Identity) string {
-	if who.Kind == pki.KindUser {
-		return "if that is a mistake, ask the hub's operator for a new token, and use it with: pergola login TOKEN"
-	}
-	return "if that is a mistake, ask the hub's operator for a new token, and use it with: pergola site join TOKEN"
-}
-
 // verdict refuses somebody who was removed, or whose certificate is of an older enrolment than its last; nil: it may come.
 func verdict(i store.Identity, who pki.Identity, enrolled time.Time) *problem.Error {
 	switch {
 	case !i.Removed.IsZero():
-		return problem.New(problem.Removed, comeBack(who), "%s was removed from the hub, at %s", who, i.Removed.UTC().Format(time.RFC3339))
+		return problem.New(problem.Removed, pki.ComeBack(who), "%s was removed from the hub, at %s", who, i.Removed.UTC().Format(time.RFC3339))
 	case enrolled.Before(i.Enrolled):
-		return problem.New(problem.Superseded, comeBack(who), "%s has enrolled again, at %s, which ended the certificate that it had before", who, i.Enrolled.UTC().Format(time.RFC3339))
+		return problem.New(problem.Superseded, pki.ComeBack(who), "%s has enrolled again, at %s, which ended the certificate that it had before", who, i.Enrolled.UTC().Format(time.RFC3339))
 	}
 	return nil
-}
-
-// over refuses a certificate whose time is over; nil: it is good.
-func over(leaf *x509.Certificate, who pki.Identity, now time.Time) *problem.Error {
-	if !now.After(leaf.NotAfter) {
-		return nil
-	}
-	return problem.New(problem.Denied, comeBack(who), "the certificate of %s was good until %s", who, leaf.NotAfter.UTC().Format(time.RFC3339))
 }
 
 // admit registers something open, so that end is called, once or more, when whoever has it is no longer let in. The error says why it is
 // not let in now; else leave is to be called when it is not open any more.
 func (h *Hub) admit(ctx context.Context, leaf *x509.Certificate, who pki.Identity, end func(*problem.Error)) (i store.Identity, leave func(), err error) {
-	if p := over(leaf, who, time.Now()); p != nil {
+	if p := pki.Over(leaf, time.Now()); p != nil {
 		return i, nil, p
 	}
 	// Registered first and looked at then, so that a removal in between is not missed.
@@ -175,7 +159,7 @@ func (h *Hub) gate(next connect.ServerFunc) connect.ServerFunc {
 			if p, ok := context.Cause(ctx).(*problem.Error); ok { //nolint:errorlint // it is what was given to end
 				return p
 			}
-			if p := over(leaf, who, time.Now()); p != nil {
+			if p := pki.Over(leaf, time.Now()); p != nil {
 				return p
 			}
 		}

@@ -417,14 +417,14 @@ func TestCallsEndWithTheCertificate(t *testing.T) {
 	k := s.issued(siteA, pki.Grant{TTL: 2 * time.Second})
 	c := s.with(k)
 	stream := s.watching(c)
-	comes(t, "the stream", stream, problem.Denied, "was good until")
+	comes(t, "the stream", stream, problem.Expired, "was good until")
 	if _, err := c.Who.GetHub(t.Context(), &pb.GetHubRequest{}); err == nil {
 		t.Error("a call after the certificate's end succeeded")
 	}
 	// A new connection is refused in the handshake, and whoever dials hears why.
 	fresh := s.with(k)
 	_, err := fresh.Who.GetHub(t.Context(), &pb.GetHubRequest{})
-	if problem.CodeOf(err) != problem.Denied || !strings.Contains(err.Error(), "certificate is over") {
+	if problem.CodeOf(err) != problem.Expired || !strings.Contains(err.Error(), "certificate is over") {
 		t.Errorf("a new connection: %v", err)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -11,6 +12,8 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
+
+	"github.com/pergolafl/pergola/internal/problem"
 )
 
 // Lifetime gives for how long a certificate was issued.
@@ -131,8 +134,40 @@ func (c *Credential) ClientTLS(hubName string, alpn ...string) (*tls.Config, err
 	}
 	conf := ClientTLS(tls.Certificate{}, roots, hubName, alpn...)
 	conf.Certificates = nil
-	conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return c.Certificate(), nil }
+	conf.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+		cert := c.Certificate()
+		if p := Over(cert.Leaf, time.Now()); p != nil {
+			return nil, p // said here, since the other end's refusal comes when the handshake is over for this end, and may get lost
+		}
+		return cert, nil
+	}
 	return conf, nil
+}
+
+// Over refuses a certificate whose time is over by this machine's clock; nil: it is good.
+func Over(leaf *x509.Certificate, now time.Time) *problem.Error {
+	if !now.After(leaf.NotAfter) {
+		return nil
+	}
+	id, err := CertIdentity(leaf)
+	if err != nil {
+		return problem.From(err)
+	}
+	next := ComeBack(id)
+	if id.Kind == KindParty {
+		next = "see why the site's agent could not have it renewed"
+	}
+	return problem.New(problem.Expired, next+"; check the clocks of both machines before", "the certificate of %s was good until %s, and this machine's clock shows %s",
+		id, leaf.NotAfter.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+}
+
+// ComeBack says how a site or user gets in that is out.
+func ComeBack(who Identity) string {
+	do := "pergola site join TOKEN"
+	if who.Kind == KindUser {
+		do = "pergola login TOKEN"
+	}
+	return fmt.Sprintf("to get in again ask the hub's operator for a new token (pergola hub token %s %s), and use it with: %s", who.Kind, who.Name, do)
 }
 
 // Renewal says how a credential is renewed.

@@ -138,7 +138,7 @@ func Explain(err error) *problem.Error {
 	if code, ok := Alert(err); ok {
 		switch code {
 		case 45: // certificate_expired
-			return problem.Wrap(err, problem.Denied, "have a new one issued by the hub's authority, and check the clocks of both machines",
+			return problem.Wrap(err, problem.Expired, "ask the hub's operator for a new token, and use it with pergola site join or pergola login; check the clocks of both machines",
 				"this end's certificate is over, by the clock of the other end")
 		case 42, 43, 44, 46, 48, 49, 116:
 			return problem.Wrap(err, problem.Denied, "have this end's certificate issued again by the hub's authority, and check the clocks of both machines",

@@ -18,17 +18,18 @@ type Code string
 
 // Codes of problems found before a job starts or outside of any job.
 const (
-	Usage          Code = "usage"           // a flag, argument or configuration key is wrong
-	NotFound       Code = "not-found"       // the job, site or file does not exist
-	Exists         Code = "exists"          // a thing with that name exists already
-	Denied         Code = "denied"          // the identity may not do that
-	Superseded     Code = "superseded"      // somebody has enrolled again under that name
-	HubUnreachable Code = "hub-unreachable" // the hub does not answer
-	Unavailable    Code = "unavailable"     // the hub answers, but its store does not for now
-	ProxyFailed    Code = "proxy-failed"    // the HTTP or SOCKS proxy on the way to the hub lets nothing through
-	TLSIntercepted Code = "tls-intercepted" // a middle box on the way to the hub decrypts the connection
-	Version        Code = "version"         // the two programs speak different protocol versions
-	Internal       Code = "internal"        // a defect of Pergola
+	Usage          Code = "usage"               // a flag, argument or configuration key is wrong
+	NotFound       Code = "not-found"           // the job, site or file does not exist
+	Exists         Code = "exists"              // a thing with that name exists already
+	Denied         Code = "denied"              // the identity may not do that
+	Expired        Code = "certificate-expired" // a certificate is over
+	Superseded     Code = "superseded"          // somebody has enrolled again under that name
+	HubUnreachable Code = "hub-unreachable"     // the hub does not answer
+	Unavailable    Code = "unavailable"         // the hub answers, but its store does not for now
+	ProxyFailed    Code = "proxy-failed"        // the HTTP or SOCKS proxy on the way to the hub lets nothing through
+	TLSIntercepted Code = "tls-intercepted"     // a middle box on the way to the hub decrypts the connection
+	Version        Code = "version"             // the two programs speak different protocol versions
+	Internal       Code = "internal"            // a defect of Pergola
 )
 
 // Codes that a job can end with.

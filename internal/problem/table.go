@@ -24,6 +24,7 @@ var Codes = map[Code]Meaning{
 	NotFound:       {ExitFailed, 404, false},
 	Exists:         {ExitFailed, 409, false},
 	Denied:         {ExitFailed, 403, false},
+	Expired:        {ExitFailed, 403, false},
 	Superseded:     {ExitFailed, 403, false},
 	HubUnreachable: {ExitHubUnreachable, 503, false},
 	Unavailable:    {ExitHubUnreachable, 503, false},

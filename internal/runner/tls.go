@@ -21,19 +21,15 @@ const blockedPatience = 2 * time.Minute
 
 // dial opens the link, trying again until the job's start-timeout is over.
 func (r *runner) dial(ctx context.Context) (*link.Session, error) {
-	pair, err := pki.LoadKeypair(r.dir, certName)
+	cred, err := pki.OpenCredential(r.dir, certName) // the agent has it renewed
 	if err != nil {
 		return nil, err
 	}
-	cert, err := pair.Certificate()
+	conf, err := cred.ClientTLS(pki.HubName, link.ALPN)
 	if err != nil {
 		return nil, err
 	}
-	roots, err := pair.Roots()
-	if err != nil {
-		return nil, err
-	}
-	up, err := uplink.New(uplink.Config{Hubs: r.spec.Hub, Proxy: r.spec.Proxy, TLS: pki.ClientTLS(cert, roots, pki.HubName, link.ALPN)})
+	up, err := uplink.New(uplink.Config{Hubs: r.spec.Hub, Proxy: r.spec.Proxy, TLS: conf})
 	if err != nil {
 		return nil, err
 	}

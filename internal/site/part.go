@@ -17,7 +17,6 @@ import (
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/job"
-	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/runner"
 )
@@ -53,6 +52,16 @@ func (p *part) forget() {
 	p.once.Do(func() { close(p.gone) })
 }
 
+// forgotten tells whether the hub wants nothing more of it.
+func (p *part) forgotten() bool {
+	select {
+	case <-p.gone:
+		return true
+	default:
+		return false
+	}
+}
+
 // run does the part until the hub has heard how it ended and wants it no more.
 func (p *part) run(ctx context.Context) {
 	defer close(p.ended)
@@ -66,7 +75,7 @@ func (p *part) run(ctx context.Context) {
 	}
 	// An agent that was started again may find a runner of a job that is to end.
 	if p.first.GetDesired() == pb.Desired_DESIRED_UP || runner.Begun(p.partyDir()) {
-		if err := p.do(ctx); err != nil && ctx.Err() == nil {
+		if err := p.do(ctx); err != nil && ctx.Err() == nil && !p.forgotten() {
 			p.log.Error("the part in the job failed", "err", err)
 			cause := *problem.From(err)
 			cause.Party = p.agent.conf.Name
@@ -152,11 +161,18 @@ func (p *part) do(ctx context.Context) error {
 	}
 	h, err := runner.Attach(dir)
 	if errors.Is(err, os.ErrNotExist) {
-		h, err = p.start(ctx, dir, logDir)
+		starting, cancel := p.whileWanted(ctx)
+		h, err = p.start(starting, dir, logDir)
+		cancel()
 	}
 	if err != nil {
 		return p.disk(err)
 	}
+	keeping, enough := context.WithCancel(ctx)
+	var kept sync.WaitGroup
+	kept.Go(func() { p.keepCertificate(keeping, dir) })
+	defer kept.Wait()
+	defer enough()
 	// The logs go ahead of the last word: once the hub knows that the part is over, it has all of its lines.
 	ended := make(chan struct{})
 	shipped := make(chan struct{})
@@ -244,38 +260,11 @@ func merge(a, b map[string]string) map[string]string {
 	return out
 }
 
-// identity has the hub sign a key for this job alone.
-func (p *part) identity(ctx context.Context, dir string) error {
-	a := p.agent
-	key, err := pki.NewKey()
-	if err != nil {
-		return err
-	}
-	csr, err := pki.NewRequest(key, pki.Identity{Kind: pki.KindParty, Name: a.conf.Name, Job: string(p.id)})
-	if err != nil {
-		return err
-	}
-	keyPEM, err := pki.EncodeKey(key)
-	if err != nil {
-		return err
-	}
-	res, err := retry(ctx, p.log, final, func() (*pb.IssueCertificateResponse, error) {
-		return a.client.Sites.IssueCertificate(ctx, &pb.IssueCertificateRequest{JobId: string(p.id), CsrPem: string(csr)})
-	})
-	if err != nil {
-		return err
-	}
-	own, err := pki.LoadKeypair(a.dir, "site")
-	if err != nil {
-		return err
-	}
-	return pki.SaveKeypair(dir, runner.CertName, pki.Keypair{CertPEM: []byte(res.GetCertificatePem()), KeyPEM: keyPEM, CAPEM: own.CAPEM})
-}
-
 // final tells whether trying again cannot help.
 func final(err error) bool {
 	p, ok := errors.AsType[*problem.Error](err)
-	return ok && !problem.IsUnreachable(p)
+	// A site that has enrolled again has a new certificate in a moment; if not, the agent ends.
+	return ok && !problem.IsUnreachable(p) && p.Code != problem.Superseded
 }
 
 // refused tells whether the hub will never take what it was told. A hub without space may have some later.

@@ -7,6 +7,7 @@ package site
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -59,6 +60,8 @@ type Agent struct {
 	offer  offer
 	log    *slog.Logger
 	client *api.Client
+	cred   *pki.Credential   // the site's own
+	shown  *x509.Certificate // of the connections that are made; Run's own
 	conn   connection
 
 	Status func(string) // is told in words how it stands with the hub; nil: nobody is. Set it before Run.
@@ -101,19 +104,14 @@ func Open(dir string, log *slog.Logger) (*Agent, error) {
 	if a.conf.Mark == "" {
 		a.conf.Mark = a.conf.Name
 	}
-	pair, err := pki.LoadKeypair(dir, "site")
+	if a.cred, err = pki.OpenCredential(dir, "site"); err != nil {
+		return nil, err
+	}
+	conf, err := a.cred.ClientTLS(pki.HubName)
 	if err != nil {
 		return nil, err
 	}
-	cert, err := pair.Certificate()
-	if err != nil {
-		return nil, err
-	}
-	roots, err := pair.Roots()
-	if err != nil {
-		return nil, err
-	}
-	if a.client, err = api.Dial(uplink.Config{Hubs: a.hubs, Proxy: a.conf.Proxy, TLS: pki.ClientTLS(cert, roots, pki.HubName)}); err != nil {
+	if a.client, err = api.Dial(uplink.Config{Hubs: a.hubs, Proxy: a.conf.Proxy, TLS: conf}); err != nil {
 		return nil, inFile(err, filepath.Join(dir, ConfigFile))
 	}
 	for _, d := range []string{"jobs", "bundles"} {
@@ -163,23 +161,37 @@ func inFile(err error, path string) error {
 func (a *Agent) Run(ctx context.Context) error {
 	defer a.client.Close()
 	a.log = a.log.With(logline.Site, a.conf.Name)
-	var wg sync.WaitGroup
+	var wg, parts sync.WaitGroup
 	defer wg.Wait()
-	watched, unwatch := context.WithCancel(ctx)
-	defer unwatch()
-	wg.Go(func() { a.serveMonitor(watched) })
+	defer parts.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel() // before the waiting: the agent also ends by itself
+	wg.Go(func() { a.serveMonitor(ctx) })
+	wg.Go(func() { a.keepCertificate(ctx) })
 	bo := backoff.NewExponentialBackOff()
 	bo.InitialInterval, bo.MaxInterval = 50*time.Millisecond, 5*time.Second
 	for {
 		began := time.Now()
-		err := a.watch(ctx, &wg)
+		used := a.cred.Certificate()
+		err := a.watch(ctx, &parts)
 		if ctx.Err() != nil {
 			return nil
+		}
+		if errors.Is(err, errRenewed) {
+			continue
 		}
 		a.conn.set(false, err)
 		switch problem.CodeOf(err) {
 		case problem.Denied, problem.Version:
 			return err // trying again changes nothing
+		case problem.Expired, problem.Superseded, problem.Removed:
+			if a.rejoined(ctx, err, used) {
+				continue
+			}
+			if ctx.Err() != nil {
+				return nil
+			}
+			return a.leave(ctx, &parts, err, used)
 		}
 		if time.Since(began) > bo.MaxInterval {
 			bo.Reset()
@@ -207,8 +219,21 @@ func (a *Agent) Alive() {
 	defer a.mu.Unlock()
 }
 
-// watch follows one stream of wishes to its end.
-func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) error {
+// watch follows one stream of wishes to its end, or until there is another certificate (errRenewed).
+func (a *Agent) watch(ctx context.Context, parts *sync.WaitGroup) error {
+	call, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	stop := a.untilRenewed(end)
+	defer stop()
+	err := a.follow(call, func(want []*pb.DesiredParty) { a.reconcile(ctx, parts, want) })
+	if errors.Is(context.Cause(call), errRenewed) {
+		return errRenewed
+	}
+	return err
+}
+
+// follow gives wishes to fn until the stream ends.
+func (a *Agent) follow(ctx context.Context, fn func([]*pb.DesiredParty)) error {
 	s, err := a.client.Sites.WatchDesired(ctx, &pb.WatchDesiredRequest{AgentVersion: api.BuildVersion(), Protocol: api.Protocol, Offer: a.offer.proto()})
 	if err != nil {
 		if p := pki.Explain(err); p != nil {
@@ -230,7 +255,7 @@ func (a *Agent) watch(ctx context.Context, wg *sync.WaitGroup) error {
 			a.log.Info("connected", "hub", strings.Join(a.hubs, ", "))
 			a.tell("connected to " + strings.Join(a.hubs, ", "))
 		}
-		a.reconcile(ctx, wg, m.GetParties())
+		fn(m.GetParties())
 	}
 }
 
