@@ -4,11 +4,14 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/pyenv"
 )
 
 // clientMetrics gives what the events say of the replies of a round and phase, by site.
@@ -166,6 +169,42 @@ func TestEngineOfSettings(t *testing.T) {
 	res := r.end()
 	if res.Code != 0 || res.Summary.Engine != job.EngineFlower || !strings.Contains(res.Summary.Why, "server.database") {
 		t.Errorf("exit %d, %s, engine %s (%s)", res.Code, causeText(res.Summary), res.Summary.Engine, res.Summary.Why)
+	}
+}
+
+// Where a site finds that the native engine does not work there, the job begins anew on Flower's programs, and says why; if nothing but the
+// native engine was asked for, that is its cause.
+func TestNativeIsUnavailable(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	broken := `
+import os
+with open("/proc/self/cmdline", "rb") as f:
+    if b"check" in f.read().split(b"\0"):
+        print("one thing is not as it should be", file=__import__("sys").stderr)
+        os._exit(3)
+`
+	if err := os.WriteFile(filepath.Join(dir, "sitecustomize.py"), []byte(broken), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	env := []string{"PERGOLA_CACHE=" + cacheBeside(t, pyenv.DefaultCache())}
+	args := []string{"--flwr", oldest, "--site-env", "PYTHONPATH=" + dir, "--engine"}
+	r := start(t, spec{app: "tiny", args: append(args, "native"), env: env})
+	if res := r.end(); res.Code != 1 || res.Summary.Cause == nil || res.Summary.Cause.Code != problem.NativeUnavailable || !strings.HasPrefix(res.Summary.Cause.Party, "site-") ||
+		!strings.Contains(res.Summary.Cause.Msg, "one thing is not as it should be") {
+		t.Errorf("exit %d, %s", res.Code, causeText(res.Summary))
+	}
+	r = start(t, spec{app: "tiny", args: append(args, "auto"), env: env})
+	res := r.end()
+	if res.Code != 0 || res.Summary.Engine != job.EngineFlower || !strings.Contains(res.Summary.Why, "one thing is not as it should be") {
+		t.Fatalf("exit %d, %s, engine %s (%s)", res.Code, causeText(res.Summary), res.Summary.Engine, res.Summary.Why)
+	}
+	sameRounds(t, res.Summary.Rounds, tinyRounds)
+	if got := enginesOf(t, res); len(got) != 2 || got[0].Engine != job.EngineNative || got[1].Engine != job.EngineFlower {
+		t.Errorf("the events tell of %+v", got)
+	}
+	if !slices.ContainsFunc(res.Summary.Warnings, func(w string) bool { return strings.Contains(w, "begins anew on Flower's own programs") }) {
+		t.Errorf("the warnings are %q", res.Summary.Warnings)
 	}
 }
 
