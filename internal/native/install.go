@@ -14,6 +14,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pergolafl/pergola/internal/proc"
 )
 
@@ -88,7 +90,16 @@ type Verdict struct {
 func (s Shim) Check(ctx context.Context, python string, env []string, cacheFile string) (Verdict, error) {
 	var v Verdict
 	if cacheFile != "" {
-		if b, err := os.ReadFile(cacheFile); err == nil && json.Unmarshal(b, &v) == nil && v.OK {
+		if kept(cacheFile, &v) {
+			return v, nil
+		}
+		// Of several parties on one machine, one asks.
+		unlock, err := lock(ctx, cacheFile)
+		if err != nil {
+			return v, err
+		}
+		defer unlock()
+		if kept(cacheFile, &v) {
 			return v, nil
 		}
 	}
@@ -108,11 +119,48 @@ func (s Shim) Check(ctx context.Context, python string, env []string, cacheFile 
 		return Verdict{Why: strings.TrimSpace(fmt.Sprintf("%s: %s", out.Exit, said[len(said)-1]))}, nil
 	}
 	if v.OK && cacheFile != "" {
-		// Written to the side first: it is read without a lock. What cannot be kept is asked again.
+		// Written to the side first: it is read without the lock. What cannot be kept is asked again.
 		tmp := fmt.Sprintf("%s.%d", cacheFile, os.Getpid())
-		if err := errors.Join(os.MkdirAll(filepath.Dir(cacheFile), 0o700), os.WriteFile(tmp, []byte(last+"\n"), 0o600)); err == nil {
+		if err := os.WriteFile(tmp, []byte(last+"\n"), 0o600); err == nil {
 			_ = os.Rename(tmp, cacheFile)
 		}
 	}
 	return v, nil
+}
+
+// kept reads a verdict that was kept: a good one. What did not work may work the next time.
+func kept(cacheFile string, v *Verdict) bool {
+	b, err := os.ReadFile(cacheFile)
+	return err == nil && json.Unmarshal(b, v) == nil && v.OK
+}
+
+// lock holds the lock of a cache file until unlock.
+func lock(ctx context.Context, cacheFile string) (unlock func(), err error) {
+	if err := os.MkdirAll(filepath.Dir(cacheFile), 0o700); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(cacheFile+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	got := make(chan error, 1)
+	go func() { // ends with the holder, who has checkPatience
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		for errors.Is(err, unix.EINTR) {
+			err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		}
+		got <- err
+		if ctx.Err() != nil {
+			_ = f.Close()
+		}
+	}()
+	select {
+	case err := <-got:
+		if err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		return func() { _ = f.Close() }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
 }

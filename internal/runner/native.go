@@ -26,21 +26,26 @@ import (
 // native tells whether the job runs on the native engine.
 func (r *runner) native() bool { return r.spec.Spec.Engine == job.EngineNative }
 
-// shim writes the Python side down and has it try itself out in the party's environment, once for each of both.
-func (r *runner) shim(ctx context.Context, p *prepared) (native.Shim, error) {
+// shim writes the Python side down.
+func (r *runner) shim() (native.Shim, error) {
 	s, err := native.Install(r.spec.Cache, python.Files)
 	if err != nil {
 		return s, fmt.Errorf("write the native engine's Python side: %w", err)
 	}
+	return s, nil
+}
+
+// tryOut has the Python side try itself out in the party's environment, once for each of both.
+func (r *runner) tryOut(ctx context.Context, p *prepared, s native.Shim) error {
 	name := strings.TrimSuffix(p.probe, ".json") + "-" + s.Digest + ".json"
 	v, err := s.Check(ctx, p.inst.Python, p.env, filepath.Join(r.spec.Cache, "probes", name))
 	if err != nil {
-		return s, err
+		return err
 	}
 	if !v.OK {
-		return s, problem.New(problem.NativeUnavailable, "use --engine flower", "the native engine does not work with flwr %s at %s: %s", p.inst.Version, r.spec.Party, v.Why)
+		return problem.New(problem.NativeUnavailable, "use --engine flower", "the native engine does not work with flwr %s at %s: %s", p.inst.Version, r.spec.Party, v.Why)
 	}
-	return s, nil
+	return nil
 }
 
 // host makes the Host of this party's processes.
@@ -122,7 +127,7 @@ func (r *runner) serverApp(ctx, gctx context.Context, p *prepared, hub *native.H
 	if err := os.MkdirAll(r.spec.Results, 0o700); err != nil {
 		return err
 	}
-	shim, err := r.shim(gctx, p)
+	shim, err := r.shim()
 	if err != nil {
 		return err
 	}
@@ -136,6 +141,10 @@ func (r *runner) serverApp(ctx, gctx context.Context, p *prepared, hub *native.H
 	}
 	defer func() { process.Stop(r.grace(ctx)) }()
 	defer process.Conn.Close()
+	// Beside the start of Python.
+	if err := r.tryOut(gctx, p, shim); err != nil {
+		return err
+	}
 	peer, err := native.Greet(gctx, process)
 	if err != nil {
 		return r.serverGone(gctx, hosted, err)
@@ -250,7 +259,7 @@ func (r *runner) nativeSite(ctx context.Context) error {
 
 // workers runs the site's workers until the party ends or the link breaks.
 func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan struct{}, session func() *link.Session) error {
-	shim, err := r.shim(gctx, p)
+	shim, err := r.shim()
 	if err != nil {
 		return err
 	}
@@ -265,6 +274,7 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 	if workers == 0 {
 		workers = runtime.NumCPU()
 	}
+	loaded := make(chan struct{}) // closed when a worker has the app
 	devices := newDevices(r.spec.GPUs, spec.GPUsPerWorker)
 	site := native.NewSite(native.SiteOptions{
 		Name: r.spec.Party, Clients: clients, Workers: min(workers, clients), Isolation: isolation, Log: r.log,
@@ -286,7 +296,7 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 			if ready.UnsafeFork != "" {
 				r.note(job.KindNote, job.Text{Message: fmt.Sprintf("each message gets a new process at %s, for the app cannot be forked: %s", r.spec.Party, ready.UnsafeFork)})
 			}
-			r.move(job.PartyReady, nil)
+			close(loaded)
 		},
 		OnDeath: func(how string, busy bool) {
 			text := fmt.Sprintf("a worker of %s is gone (%s); another takes its place", r.spec.Party, how)
@@ -298,7 +308,32 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 		OnProgress: r.progressed,
 	})
 	g, wctx := errgroup.WithContext(gctx)
-	g.Go(func() error { return site.Run(wctx, linked) })
+	g.Go(func() error {
+		err := site.Run(wctx, linked)
+		if err == nil || wctx.Err() != nil {
+			return err
+		}
+		select {
+		case <-loaded:
+			return err
+		default: // what keeps workers from starting may be what the Python side says of the environment
+			if e := r.tryOut(gctx, p, shim); e != nil {
+				return e
+			}
+			return err
+		}
+	})
+	g.Go(func() error {
+		if err := r.tryOut(wctx, p, shim); err != nil {
+			return err
+		}
+		select {
+		case <-loaded:
+			r.move(job.PartyReady, nil)
+		case <-wctx.Done():
+		}
+		return nil
+	})
 	g.Go(func() error {
 		select {
 		case <-linked:

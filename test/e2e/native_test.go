@@ -187,10 +187,10 @@ with open("/proc/self/cmdline", "rb") as f:
 	if err := os.WriteFile(filepath.Join(dir, "sitecustomize.py"), []byte(broken), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	env := []string{"PERGOLA_CACHE=" + cacheBeside(t, pyenv.DefaultCache())}
-	args := []string{"--flwr", oldest, "--site-env", "PYTHONPATH=" + dir, "--engine"}
+	env := []string{"PERGOLA_CACHE=" + cacheBeside(t, pyenv.DefaultCache()), "PYTHONPATH=" + dir}
+	args := []string{"--flwr", oldest, "--engine"}
 	r := start(t, spec{app: "tiny", args: append(args, "native"), env: env})
-	if res := r.end(); res.Code != 1 || res.Summary.Cause == nil || res.Summary.Cause.Code != problem.NativeUnavailable || !strings.HasPrefix(res.Summary.Cause.Party, "site-") ||
+	if res := r.end(); res.Code != 1 || res.Summary.Cause == nil || res.Summary.Cause.Code != problem.NativeUnavailable || res.Summary.Cause.Party == "" ||
 		!strings.Contains(res.Summary.Cause.Msg, "one thing is not as it should be") {
 		t.Errorf("exit %d, %s", res.Code, causeText(res.Summary))
 	}
