@@ -78,7 +78,6 @@ func startHosted(h *flower.Host, boot, role string, env ...string) (*flower.Host
 
 // nativeHub runs the ServerApp in a process of its own, and passes its messages to the sites.
 func (r *runner) nativeHub(ctx context.Context) error {
-	g, gctx := errgroup.WithContext(ctx)
 	told := &outages{note: r.note}
 	acceptor := r.acceptor(told)
 	ln, err := sock.Listen(LinkSocket(r.dir))
@@ -86,10 +85,15 @@ func (r *runner) nativeHub(ctx context.Context) error {
 		return err
 	}
 	hub := native.NewHub(native.HubOptions{Log: r.log, OnProgress: r.progressed, OnBatch: r.batch})
-	// The links last as long as the party, also when the work is cut short: what is lost then is no site's fault.
+	// The links go after the party's last word: a site that finds its link broken would be heard first, and taken for the cause.
 	linked, unlink := context.WithCancel(context.WithoutCancel(ctx))
-	g.Go(func() error { return ignoreDone(linked, acceptor.Serve(linked, ln)) })
-	g.Go(func() error {
+	links, lctx := errgroup.WithContext(linked)
+	r.later = append(r.later, func() {
+		unlink()
+		_ = links.Wait() // what went wrong before was told below
+	})
+	links.Go(func() error { return ignoreDone(linked, acceptor.Serve(linked, ln)) })
+	links.Go(func() error {
 		return ignoreDone(linked, r.links(linked, acceptor, told, func(ctx context.Context, s *link.Session) error {
 			m := hub.Join(ctx, s.Peer().Site, opener(s))
 			defer m.Leave()
@@ -100,8 +104,18 @@ func (r *runner) nativeHub(ctx context.Context) error {
 			})
 		}))
 	})
+	g, gctx := errgroup.WithContext(ctx)
+	over := make(chan struct{})
 	g.Go(func() error {
-		defer unlink()
+		select {
+		case <-lctx.Done(): // nothing but a failure ends it before unlink
+			return links.Wait()
+		case <-over:
+			return nil
+		}
+	})
+	g.Go(func() error {
+		defer close(over)
 		p, err := r.prepare(gctx)
 		if err != nil {
 			return err

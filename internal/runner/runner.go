@@ -60,6 +60,7 @@ type runner struct {
 	end     context.CancelCauseFunc // ends the party's work
 	logs    *logs.Set               // of the party's programs
 	staged  snapshot                // hub's party: the app's files before its programs start
+	later   []func()                // what is done once the last word is written
 
 	mu       sync.Mutex // guards the rest
 	progress time.Time  // when the last sign of progress was written down
@@ -129,6 +130,9 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	end(nil)
 	close(stopped)
 	r.last(cause)
+	for _, f := range r.later {
+		f()
+	}
 	// Who watches gets the last entry before the socket goes; who does not reads the file.
 	bye, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
