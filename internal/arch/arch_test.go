@@ -63,6 +63,7 @@ var layer = map[string]int{
 	"audit":           3,
 	"job":             3,
 	"policy":          3,
+	"schedule":        3,
 	"store":           3,
 	"store/postgres":  3,
 	"store/pgtest":    3,
@@ -95,6 +96,7 @@ var beside = map[string]bool{
 	"localrun hub":                  true, // it writes the configuration that the processes it starts read
 	"localrun site":                 true,
 	"localrun runner":               true, // the leash by which runners end with it
+	"schedule job":                  true, // it decides about jobs
 	"store job":                     true, // a store keeps jobs
 	"store/sqlite job":              true,
 	"store/sqlite store":            true, // an implementation knows its interface
