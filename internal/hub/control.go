@@ -85,25 +85,37 @@ func (c *control) unstorable() *job.Cause {
 	return nil
 }
 
-// run goes on until the job is over, or the hub ends.
-func (c *control) run(ctx context.Context) {
+// run goes on until the job is over, which it tells, another hub sees to the job, or this hub ends. While it acts, the job's lease
+// is this hub's.
+func (c *control) run(ctx context.Context) (over bool) {
 	wake, cancel := c.hub.db.Subscribe(c.id)
 	defer cancel()
 	sites, cancel2 := c.hub.changed.Subscribe("")
 	defer cancel2()
+	own := lease{db: c.hub.db, job: c.id, owner: c.hub.id}
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	inner, end := context.WithCancel(ctx)
+	defer end()
 	var failures int
 	for {
-		over, next, err := c.step(ctx, &wg)
+		var next time.Duration
+		held, err := own.hold(ctx)
+		switch {
+		case err == nil && !held:
+			return false
+		case err == nil, problem.CodeOf(err) == problem.DiskFull: // that is for the job to end by; nobody else can claim it either
+			over, next, err = c.step(inner, &wg)
+		}
 		if over {
 			wg.Wait()
 			c.hub.sweep(c.id)
-			return
+			own.release(ctx, c.hub.log)
+			return true
 		}
 		if err != nil {
 			if ctx.Err() != nil {
-				return
+				return false
 			}
 			failures++
 			next = c.trouble(err, failures)
@@ -119,7 +131,7 @@ func (c *control) run(ctx context.Context) {
 			c.runner = nil
 		case <-ctx.Done():
 			t.Stop()
-			return
+			return false
 		}
 		t.Stop()
 	}
@@ -183,10 +195,6 @@ func (c *control) step(ctx context.Context, wg *sync.WaitGroup) (over bool, next
 	}
 	due := deadlines{now: time.Now(), wall: now, next: time.Minute}
 	switch j.State {
-	case job.Submitted, job.Waiting:
-		return false, 0, c.hub.db.Move(ctx, j.ID, job.Queued, nil, "waiting for a look at the sites", now)
-	case job.Queued:
-		err = c.queued(ctx, j, &due)
 	case job.Preparing, job.Running:
 		if c.runner == nil && !hubParty(ps).State.Terminal() {
 			if err := c.startHub(ctx, wg, j, hubParty(ps)); err != nil {
@@ -298,35 +306,11 @@ func (c *control) suffices(j job.Job, have, waiting []string, due *deadlines) bo
 	return len(waiting) == 0 || due.passed(c.enough, j.Spec.JoinWait.Or(job.DefaultJoinWait).Std())
 }
 
-// queued starts the job when its sites are there.
-func (c *control) queued(ctx context.Context, j job.Job, due *deadlines) error {
-	var there, missing []string
-	for _, s := range j.Spec.Sites {
-		if _, ok := c.hub.away(s); ok {
-			there = append(there, s)
-		} else {
-			missing = append(missing, s)
-		}
-	}
-	enough := c.suffices(j, there, missing, due)
-	late := due.passed(c.when(j.Created), j.Spec.StartTimeout.Std())
-	if enough || late && !c.enough.IsZero() {
-		c.enough = time.Time{} // counts again for the parties
-		return c.hub.db.Move(ctx, j.ID, job.Preparing, nil, "", due.wall)
-	}
-	if late {
-		cause := problem.New(problem.StartTimeout, "check that the agents of these sites run and reach the hub", "%s did not connect within %s", strings.Join(missing, ", "), j.Spec.StartTimeout)
-		cause.Party = missing[0]
-		return c.hub.stop(ctx, j, cause)
-	}
-	return c.hub.db.SetReason(ctx, j.ID, "waiting for "+strings.Join(missing, ", ")+" to connect")
-}
-
 // roll is how the sites of a job are.
 type roll struct {
 	ready   []string     // their programs run
 	waiting []string     // they will be, as far as anybody knows
-	away    []string     // they have not begun, and their agents are not there; they may still come
+	away    []string     // they have not begun, and their agents are not there, or they have no room for it; they may still come
 	lost    []string     // of away: for longer than the job waits for it
 	gone    []job.Party  // failed, or done before the job
 	causes  []*job.Cause // of gone
@@ -444,7 +428,7 @@ func (c *control) call(ctx context.Context, j job.Job, ps []job.Party, due *dead
 		case p.State == job.PartyReady || p.State == job.PartyRunning:
 			l.ready = append(l.ready, p.Name)
 		default:
-			if _, ok := c.hub.away(p.Name); p.State == job.PartyAbsent && !ok {
+			if _, ok := c.hub.away(p.Name); p.State == job.PartyAbsent && (!ok || !p.Allocated) {
 				l.away = append(l.away, p.Name)
 				break
 			}
@@ -648,6 +632,12 @@ func (c *control) stopping(ctx context.Context, j job.Job, ps []job.Party, due *
 	var sites, all []string
 	for _, p := range ps {
 		if p.State.Terminal() {
+			continue
+		}
+		if p.Name != job.HubParty && p.State == job.PartyAbsent && !p.Allocated { // its site was never told of it
+			if err := c.settle(ctx, j, p, due.wall); err != nil {
+				return err
+			}
 			continue
 		}
 		if since, ok := c.hub.away(p.Name); !ok && p.Name != job.HubParty {

@@ -39,6 +39,7 @@ func newRig(t *testing.T, s job.Spec) *rig {
 		}
 	})
 	h := &Hub{dir: dir, db: db, log: slog.New(slog.DiscardHandler), sites: map[string]*siteState{}, jobs: map[job.ID]*control{}}
+	h.sched = newScheduler(h)
 	h.conf.Sites = []string{"a", "b"}
 	h.conf.SiteGrace = job.Duration(5 * time.Second)
 	if len(s.Sites) > 0 {
@@ -55,12 +56,13 @@ func newRig(t *testing.T, s job.Spec) *rig {
 	return r
 }
 
-// step lets the controller look until nothing is left to do at this moment; it gives when it wants to look again.
+// step lets the scheduler and, once the job is active, its controller look until nothing is left to do at this moment; it gives when
+// they want to look again.
 func (r *rig) step() time.Duration {
 	r.Helper()
 	for range 20 {
 		before := r.job()
-		over, next, err := r.c.step(r.Context(), &r.wg)
+		over, next, err := r.once()
 		if err != nil {
 			r.Fatal(err)
 		}
@@ -72,6 +74,20 @@ func (r *rig) step() time.Duration {
 	return 0
 }
 
+// once lets both look once.
+func (r *rig) once() (over bool, next time.Duration, err error) {
+	r.h.sched.stale = true
+	turn, err := r.h.sched.turn(r.Context())
+	if err != nil || !r.job().State.Active() && !r.job().State.Terminal() {
+		return false, turn, err
+	}
+	over, next, err = r.c.step(r.Context(), &r.wg)
+	if turn > 0 {
+		next = min(next, turn)
+	}
+	return over, next, err
+}
+
 func (r *rig) job() job.Job {
 	r.Helper()
 	j, err := r.h.db.Job(r.Context(), r.c.id)
@@ -79,6 +95,14 @@ func (r *rig) job() job.Job {
 		r.Fatal(err)
 	}
 	return j
+}
+
+// reason gives why the job waits, as those hear who ask.
+func (r *rig) reason() string {
+	r.Helper()
+	out := &pb.Job{Id: string(r.c.id), State: string(r.job().State)}
+	r.h.explain(out)
+	return out.GetReason()
 }
 
 // is wants a state, and a cause "code of party", "" for none.
@@ -167,21 +191,27 @@ func TestControl(t *testing.T) {
 		{"a job waits for its sites and says for which", job.Spec{}, func(r *rig) {
 			r.step()
 			r.is(job.Queued, "")
-			if got := r.job().Reason; got != "waiting for a, b to connect" {
+			if got := r.job().Reason; got != "place 1 of 1: waiting for a, b to connect" {
 				r.Errorf("the reason is %q", got)
 			}
 			r.h.siteUp("b")
-			if next := r.step(); next > job.DefaultStartTimeout.Std() {
+			if next := r.step(); next != tellPause {
 				r.Errorf("the next look is in %s", next)
 			}
-			if got := r.job().Reason; got != "waiting for a to connect" {
+			if got := r.reason(); got != "place 1 of 1: waiting for a to connect" {
 				r.Errorf("the reason is %q", got)
 			}
+			r.toldOf("waiting for a to connect", 0)
+			time.Sleep(tellPause)
+			if next := r.step(); next != 0 {
+				r.Errorf("the next look is in %s, and nothing is due", next)
+			}
+			r.toldOf("in the queue: place 1 of 1: waiting for a to connect", 1)
 			r.h.siteUp("a")
 			r.step()
 			r.is(job.Preparing, "")
 		}},
-		{"a site that never connects ends the job at the start-timeout", job.Spec{StartTimeout: minute}, func(r *rig) {
+		{"a site that never connects ends the job at the wait-timeout", job.Spec{WaitTimeout: minute}, func(r *rig) {
 			r.h.siteUp("a")
 			time.Sleep(time.Minute - time.Second)
 			if next := r.step(); next != time.Second {
@@ -191,6 +221,15 @@ func TestControl(t *testing.T) {
 			time.Sleep(time.Second)
 			r.step()
 			r.is(job.Failed, "start-timeout of b")
+		}},
+		{"without wait-timeout it waits for ever", job.Spec{StartTimeout: minute}, func(r *rig) {
+			r.h.siteUp("a")
+			time.Sleep(1000 * time.Hour)
+			r.step()
+			r.is(job.Queued, "")
+			r.h.siteUp("b")
+			r.step()
+			r.is(job.Preparing, "")
 		}},
 		{"with min-sites the start-timeout starts the job without the missing", job.Spec{StartTimeout: minute, MinSites: 1, JoinWait: job.NoLimit}, func(r *rig) {
 			r.h.siteUp("a")
@@ -385,6 +424,10 @@ func TestControl(t *testing.T) {
 			r.step()
 			r.abort(r.job())
 			r.is(job.Aborted, "aborted-by-user of ")
+			r.step()
+			if len(r.h.sched.queued) != 0 {
+				r.Error("the job is in the queue")
+			}
 			if over, _, err := r.c.step(r.Context(), &r.wg); !over || err != nil {
 				r.Errorf("the controller goes on: %v", err)
 			}
@@ -476,27 +519,31 @@ func TestDesired(t *testing.T) {
 	})
 }
 
-// The controller's loop acts by itself: woken by sites and by the store, and by the clock at deadlines.
+// The hub's loop acts by itself: woken by sites and by the store, and by the clock at deadlines.
 func TestControlLoop(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, job.Spec{StartTimeout: job.Duration(time.Minute)})
+		r := newRig(t, job.Spec{WaitTimeout: job.Duration(time.Minute)})
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
-			r.c.run(ctx)
+			if err := r.h.control(ctx); err != nil {
+				t.Error(err)
+			}
 		}()
 		defer func() {
 			cancel()
 			<-done
 		}()
 		r.h.siteUp("a")
-		time.Sleep(time.Minute - time.Nanosecond)
+		time.Sleep(time.Minute - time.Second)
 		synctest.Wait()
 		r.is(job.Queued, "")
-		time.Sleep(time.Second)
+		time.Sleep(2 * time.Second)
 		synctest.Wait()
 		r.is(job.Failed, "start-timeout of b")
-		<-done
+		if r.h.controller(r.c.id) != nil {
+			t.Error("a job that never started has a controller")
+		}
 	})
 }

@@ -50,6 +50,7 @@ type Config struct {
 	Apps      string       `toml:"apps"`       // folder with apps that lie ready, for a job's server.app-path; "" = none
 	SiteGrace job.Duration `toml:"site-grace"` // how long a site's agent may be away in a job; default the job's outage-tolerance
 	LogQuota  job.Size     `toml:"log-quota"`  // the most that is kept of each party's logs in a job; default: as the job says
+	MaxJobs   int          `toml:"max-jobs"`   // how many jobs may prepare, run or end at a time; 0 = any number
 	Store     string       `toml:"store"`      // postgres://…; "" = a file in the hub's directory
 	Mark      string       `toml:"mark"`       // begins the marks of this hub's programs; default "hub"
 
@@ -78,6 +79,7 @@ type Hub struct {
 
 	locks keyed.Locks // of bundles, by digest, and of uploads, by path
 
+	sched   *scheduler
 	changed store.Fanout // sites that came and went, under the job id ""
 	watched
 	guests guests
@@ -136,6 +138,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	}
 	h.measures = newMeasures()
 	h.db.Observe(h.measures.observer(h))
+	h.sched = newScheduler(h)
 	return h, nil
 }
 
@@ -172,6 +175,9 @@ func (c *Config) check() error {
 	}
 	if c.LogQuota > 0 && c.LogQuota < job.MinLogQuota {
 		return problem.New(problem.Usage, "give "+job.MinLogQuota.String()+" or more", "log-quota of hub.toml is %s, which is too little", c.LogQuota)
+	}
+	if c.MaxJobs < 0 {
+		return problem.New(problem.Usage, "give 1 or more, or leave it out for any number", "max-jobs: %d is no number of jobs", c.MaxJobs)
 	}
 	for i, s := range c.Sites {
 		if err := job.CheckName("site", s); err != nil {
@@ -276,41 +282,76 @@ func serveHTTP(ctx context.Context, s *http.Server, ln net.Listener) error {
 	return g.Wait()
 }
 
-// control keeps a controller for each job that is not over.
+// control decides which jobs start, and keeps a controller for each that has started and is not over.
 func (h *Hub) control(ctx context.Context) error {
 	wake, cancel := h.db.Subscribe("")
 	defer cancel()
+	changed, cancel2 := h.changed.Subscribe("")
+	defer cancel2()
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { h.sweepAll(ctx) })
-	for {
+	h.sched.begin = func(id job.ID) { h.attend(ctx, &wg, id) }
+	for failures := 0; ctx.Err() == nil; {
 		h.beats()
-		js, err := h.unfinished(ctx)
-		if err != nil && ctx.Err() == nil {
-			h.log.Error("cannot read the jobs", "err", err)
+		began := time.Now()
+		next, err := h.sched.turn(ctx)
+		switch {
+		case err == nil:
+			failures = 0
+		case ctx.Err() == nil:
+			h.log.Error("the queue cannot be looked at", "err", err)
+			failures++
+			next = min(time.Duration(failures)*100*time.Millisecond, 2*time.Second)
 		}
-		for _, j := range js {
-			h.mu.Lock()
-			c := h.jobs[j.ID]
-			if c == nil {
-				c = newControl(h, j.ID)
-				h.jobs[j.ID] = c
-				wg.Go(func() {
-					c.run(ctx)
-					h.mu.Lock()
-					delete(h.jobs, c.id)
-					h.mu.Unlock()
-				})
-			}
-			h.mu.Unlock()
+		// Of many things that happen at once the next look sees all: it takes a small part of the time, however long the queue.
+		sleep(ctx, min(5*time.Since(began), time.Second))
+		if next == 0 || next > beatLimit/4 {
+			next = beatLimit / 4 // so that it is seen to live
 		}
+		t := time.NewTimer(next)
 		select {
 		case <-wake:
-		case <-time.After(5 * time.Second): // a job whose controller gave up over a store that was down gets another
+		case <-changed:
+			h.sched.stale = true
+		case <-t.C:
 		case <-ctx.Done():
-			return nil
 		}
+		t.Stop()
 	}
+	return nil
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// attend has a controller see to a job until that is over, whenever it is this hub's.
+func (h *Hub) attend(ctx context.Context, wg *sync.WaitGroup, id job.ID) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.jobs[id] != nil {
+		return
+	}
+	c := newControl(h, id)
+	h.jobs[id] = c
+	wg.Go(func() {
+		for !c.run(ctx) && ctx.Err() == nil {
+			sleep(ctx, renewal) // another hub's lease may be over then
+			c = newControl(h, id)
+			h.mu.Lock()
+			h.jobs[id] = c
+			h.mu.Unlock()
+		}
+		h.mu.Lock()
+		delete(h.jobs, id)
+		h.mu.Unlock()
+	})
 }
 
 // unfinished gives the jobs that are not over.

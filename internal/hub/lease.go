@@ -66,10 +66,11 @@ func loadID(dir string) (string, error) {
 	return id, diskProblem(os.Rename(part, path))
 }
 
-// lease is a hub's hold on a job.
+// lease is a hub's hold on a job, or on a duty.
 type lease struct {
 	db      store.Store
 	job     job.ID
+	duty    string // in place of a job
 	owner   string
 	renewed time.Time // by this process's clock that nobody sets; zero: it is not held
 }
@@ -81,7 +82,7 @@ func (l *lease) hold(ctx context.Context) (bool, error) {
 	if !l.renewed.IsZero() && now.Sub(l.renewed) < renewal {
 		return true, nil
 	}
-	held, err := l.db.Claim(ctx, l.job, l.owner, now.Add(leaseTime), now)
+	held, err := l.claim(ctx, now)
 	if problem.CodeOf(err) == problem.NotFound {
 		return false, nil // it was deleted
 	}
@@ -93,6 +94,13 @@ func (l *lease) hold(ctx context.Context) (bool, error) {
 		l.renewed = now
 	}
 	return held, nil
+}
+
+func (l *lease) claim(ctx context.Context, now time.Time) (bool, error) {
+	if l.duty != "" {
+		return l.db.ClaimDuty(ctx, l.duty, l.owner, now.Add(leaseTime), now)
+	}
+	return l.db.Claim(ctx, l.job, l.owner, now.Add(leaseTime), now)
 }
 
 // patiently calls fn until the store answers: a stream need not end because the store is away for a while.

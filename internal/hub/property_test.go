@@ -38,6 +38,7 @@ func (r *rig) any(t *rapid.T) {
 	if rapid.Bool().Draw(t, "mandatory") {
 		spec.MandatorySites = []string{"b"}
 	}
+	// The jobs of earlier draws are over, or stay in the queue for ever.
 	h.mu.Lock()
 	h.sites = map[string]*siteState{}
 	h.mu.Unlock()
@@ -46,6 +47,7 @@ func (r *rig) any(t *rapid.T) {
 		t.Fatal(err)
 	}
 	begin := func() {
+		h.sched = newScheduler(h)
 		r.c = newControl(h, j.ID)
 		r.c.runner = make(chan struct{}) // it was started
 	}
@@ -58,7 +60,7 @@ func (r *rig) any(t *rapid.T) {
 		return got
 	}
 	step := func() (over bool, next time.Duration) {
-		over, next, err := r.c.step(r.Context(), &r.wg)
+		over, next, err := r.once()
 		if err != nil && !refusedMove(err) {
 			t.Fatalf("a step of a job that is %s: %v", read().State, err)
 		}

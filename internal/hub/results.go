@@ -45,6 +45,9 @@ func (s jobService) ResubmitJob(ctx context.Context, req *pb.ResubmitJobRequest)
 	if err := s.enrolled(ctx, old.Spec.Sites); err != nil {
 		return nil, err
 	}
+	if err := s.feasible(ctx, old.Spec); err != nil {
+		return nil, err
+	}
 	now := time.Now()
 	j, err := s.db.CreateJob(ctx, job.Job{
 		ID: job.NewID(now), Name: old.Name, Key: req.GetKey(), Submitter: who.Name, Bundle: old.Bundle, Spec: old.Spec, Created: now,
@@ -69,6 +72,7 @@ func (s jobService) DeleteJob(ctx context.Context, req *pb.DeleteJobRequest) (*p
 	if err := os.RemoveAll(s.jobDir(j.ID)); err != nil {
 		return nil, diskProblem(err)
 	}
+	defer s.sched.touch(j.ID)
 	return &pb.DeleteJobResponse{}, s.db.DeleteJob(ctx, j.ID)
 }
 

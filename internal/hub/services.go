@@ -92,6 +92,9 @@ func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*p
 	if len(spec.Sites) == 0 {
 		return nil, problem.New(problem.Usage, "enrol a site first", "the hub has no sites")
 	}
+	if err := s.feasible(ctx, spec); err != nil {
+		return nil, err
+	}
 	now := s.wall()
 	j, err := s.db.CreateJob(ctx, job.Job{ID: job.NewID(now), Name: req.GetName(), Key: req.GetKey(), Submitter: who.Name, Bundle: req.GetBundleDigest(), Spec: spec, Created: now}, spec.Sites)
 	if err != nil {
@@ -103,7 +106,9 @@ func (s jobService) SubmitJob(ctx context.Context, req *pb.SubmitJobRequest) (*p
 
 func (s jobService) withParties(ctx context.Context, j job.Job) (*pb.Job, error) {
 	ps, err := s.db.Parties(ctx, j.ID)
-	return api.Job(j, ps), err
+	out := api.Job(j, ps)
+	s.explain(out)
+	return out, err
 }
 
 func (s jobService) job(ctx context.Context, text string) (job.Job, error) {
@@ -161,7 +166,9 @@ func (s jobService) ListJobs(ctx context.Context, req *pb.ListJobsRequest) (*pb.
 	}
 	out := &pb.ListJobsResponse{}
 	for _, j := range js {
-		out.Jobs = append(out.Jobs, api.Job(j, ps[j.ID]))
+		shown := api.Job(j, ps[j.ID])
+		s.explain(shown)
+		out.Jobs = append(out.Jobs, shown)
 	}
 	return out, nil
 }
@@ -305,23 +312,6 @@ func (s jobService) TailLogs(ctx context.Context, req *pb.TailLogsRequest, out p
 	return s.tail(ctx, j, ps, req, out.Send)
 }
 
-// ListSites implements the API.
-func (s jobService) ListSites(ctx context.Context, req *pb.ListSitesRequest) (*pb.ListSitesResponse, error) {
-	if _, err := caller(ctx, pki.KindUser); err != nil {
-		return nil, err
-	}
-	out := &pb.ListSitesResponse{}
-	list, err := s.siteList(ctx, req.GetAll())
-	if err != nil {
-		return nil, err
-	}
-	for _, i := range list {
-		_, ok := s.away(i.Name)
-		out.Sites = append(out.Sites, &pb.Site{Name: i.Name, Connected: ok, EnrolledTime: stamp(i.Enrolled), RemovedTime: stamp(i.Removed)})
-	}
-	return out, nil
-}
-
 func diskProblem(err error) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		p := problem.Wrap(err, problem.DiskFull, "make room on the hub's disk", "the hub has no space left")
@@ -373,7 +363,7 @@ func (h *Hub) hasPart(ctx context.Context, j job.Job, site string) error {
 		return err
 	}
 	for _, p := range ps {
-		if p.Name == site && site != job.HubParty && !p.State.Terminal() && j.State.Active() {
+		if p.Name == site && p.Holds() && j.State.Active() {
 			return nil
 		}
 	}
@@ -436,7 +426,7 @@ func (h *Hub) desired(ctx context.Context, site string) ([]*pb.DesiredParty, err
 			return nil, err
 		}
 		at := slices.IndexFunc(ps, func(p job.Party) bool { return p.Name == site })
-		if at < 0 || ps[at].State.Terminal() {
+		if at < 0 || ps[at].State.Terminal() || !ps[at].Allocated {
 			continue // what may be left of it is to be gone
 		}
 		spec, err := json.Marshal(j.Spec)

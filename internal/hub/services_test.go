@@ -446,7 +446,7 @@ func TestSitesAndSubmissions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if g.GetJob().GetReason() == "waiting for a to connect" {
+		if g.GetJob().GetReason() == "place 1 of 1: waiting for a to connect" {
 			break
 		}
 		select {

@@ -97,10 +97,11 @@ func TestSites(t *testing.T) {
 			r.step()
 			r.is(job.Queued, "")
 			r.h.siteUp("b")
-			if next := r.step(); next != wait.Std() {
+			r.step()
+			time.Sleep(wait.Std() - time.Second)
+			if next := r.step(); next != time.Second {
 				r.Errorf("the next look is in %s, want after join-wait", next)
 			}
-			time.Sleep(wait.Std() - time.Second)
 			r.h.siteDown("b") // too few again: the time begins anew
 			r.step()
 			r.h.siteUp("b")
@@ -129,7 +130,7 @@ func TestSites(t *testing.T) {
 			r.wants(pb.Desired_DESIRED_RUN, 2)
 			r.toldOf("starts without b", 1)
 		}},
-		{"a mandatory site is waited for", job.Spec{Sites: three, MinSites: 1, MandatorySites: []string{"b"}, JoinWait: wait, StartTimeout: job.Duration(5 * time.Minute)}, func(r *rig) {
+		{"a mandatory site is waited for", job.Spec{Sites: three, MinSites: 1, MandatorySites: []string{"b"}, JoinWait: wait, WaitTimeout: job.Duration(5 * time.Minute)}, func(r *rig) {
 			r.h.siteUp("a")
 			r.h.siteUp("c")
 			time.Sleep(4 * time.Minute)
@@ -161,6 +162,7 @@ func TestSites(t *testing.T) {
 			late(r, wait.Std())
 			time.Sleep(time.Hour / 2)
 			r.h.siteUp("c")
+			r.step()
 			ds, err := r.h.desired(r.Context(), "c")
 			if err != nil || len(ds) != 1 || ds[0].GetDesired() != pb.Desired_DESIRED_UP {
 				r.Errorf("the late site is told %v, %v", ds, err)
@@ -196,6 +198,7 @@ func TestSites(t *testing.T) {
 			r.h.siteUp("b")
 			r.step()
 			r.at("b", job.PartyAbsent, 1)
+			r.step()
 			ds, err := r.h.desired(r.Context(), "b")
 			if err != nil || len(ds) != 1 || ds[0].GetAttempt() != 1 {
 				r.Errorf("the site that came back is told %v, %v", ds, err)

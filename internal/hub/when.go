@@ -30,15 +30,18 @@ func (c *control) when(t time.Time) time.Time {
 	return at
 }
 
-func (c *control) uncached(t time.Time) time.Time {
-	if c.hub.clock == nil {
+func (c *control) uncached(t time.Time) time.Time { return c.hub.since(t) }
+
+// since makes a time of a stored one that is as long before now as the stored one is; see control.when, which keeps what it found.
+func (h *Hub) since(t time.Time) time.Time {
+	if h.clock == nil {
 		if now := time.Now(); now.Before(t) {
 			return now
 		}
 		return t
 	}
-	_, up := c.hub.clock.Now()
-	return time.Now().Add(-up.Sub(c.hub.clock.Instant(t)))
+	_, up := h.clock.Now()
+	return time.Now().Add(-up.Sub(h.clock.Instant(t)))
 }
 
 // seen is when an event counts as having happened that was not there at the last look: between then and now, whatever it says

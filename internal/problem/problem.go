@@ -41,6 +41,7 @@ const (
 	PythonUnsuitable  Code = "python-unsuitable"  // no Python, too old, or not an interpreter
 	DependencyMissing Code = "dependency-missing" // the interpreter, or the app's list, lacks a package
 	StartTimeout      Code = "start-timeout"      // a program or a site was not ready in time
+	WaitTimeout       Code = "wait-timeout"       // the job was in the queue for too long
 	ProgramFailed     Code = "program-failed"     // one of Flower's programs could not start, or died
 	SiteLost          Code = "site-lost"          // a site's agent went away and stayed away
 	Removed           Code = "removed"            // the site, or the user, was removed from the hub

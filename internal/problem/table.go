@@ -39,6 +39,7 @@ var Codes = map[Code]Meaning{
 	PythonUnsuitable:  {ExitFailed, 500, true},
 	DependencyMissing: {ExitFailed, 500, true},
 	StartTimeout:      {ExitFailed, 500, true},
+	WaitTimeout:       {ExitFailed, 500, true},
 	ProgramFailed:     {ExitFailed, 500, true},
 	SiteLost:          {ExitFailed, 500, true},
 	Removed:           {ExitFailed, 403, true},

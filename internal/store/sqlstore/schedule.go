@@ -98,7 +98,7 @@ func allocate(ctx context.Context, tx *txn, id job.ID, site string) error {
 }
 
 // Changes gives the jobs of which, after event number after, the state or a party's was moved, each once, and the number up to
-// which that is so. A job that was deleted since is not among them.
+// which that is so. A job that was deleted since is not among them. With after below 0 it gives the number alone.
 func (db *DB) Changes(ctx context.Context, after int64) (ids []job.ID, upTo int64, err error) {
 	upTo, err = one(ctx, db, "read the newest event's number", func(r row) (n int64, err error) {
 		err = r.Scan(&n)
@@ -106,6 +106,9 @@ func (db *DB) Changes(ctx context.Context, after int64) (ids []job.ID, upTo int6
 	}, "SELECT coalesce(max(seq), 0) FROM event")
 	if err != nil || upTo <= after {
 		return nil, after, err
+	}
+	if after < 0 {
+		return nil, upTo, nil
 	}
 	rows, err := db.query(ctx, "SELECT DISTINCT job FROM event WHERE seq > ? AND seq <= ? AND kind IN (?, ?) ORDER BY job", after, upTo, job.KindJobState, job.KindPartyState)
 	ids, err = collect(db, rows, err, "list what has changed", func(r row) (id job.ID, err error) {

@@ -222,6 +222,9 @@ func testChanges(t *testing.T, open Opener) {
 	ok(t, db.DeleteJob(t.Context(), c.ID))
 	next(a.ID, b.ID)
 	next()
+	if ids, upTo, err := db.Changes(t.Context(), -1); err != nil || len(ids) != 0 || upTo != at {
+		t.Errorf("the newest number is %d, with %v, %v; want %d alone", upTo, ids, err, at)
+	}
 
 	js, err := db.Jobs(t.Context(), store.Filter{Ended: t0.Add(-1)})
 	ok(t, err)
