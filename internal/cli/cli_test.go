@@ -148,8 +148,10 @@ func TestRoundsTable(t *testing.T) {
 func TestFlagsOfSettings(t *testing.T) {
 	c := newRun(env{})
 	for _, s := range job.Settings {
-		if s.Flag != "" && c.Flags().Lookup(strings.TrimPrefix(s.Flag, "--")) == nil {
-			t.Errorf("%s should have the flag %s, which does not exist", s.Key, s.Flag)
+		for f := range strings.SplitSeq(s.Flag, ", ") {
+			if f != "" && c.Flags().Lookup(strings.TrimPrefix(f, "--")) == nil {
+				t.Errorf("%s should have the flag %s, which does not exist", s.Key, f)
+			}
 		}
 	}
 }

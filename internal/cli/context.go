@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"strings"
@@ -9,42 +8,8 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/pergolafl/pergola/internal/api"
-	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/client"
 )
-
-func newSites(e env) *cobra.Command {
-	h := &hubCommand{env: e}
-	var all bool
-	c := &cobra.Command{
-		Use: "sites", Short: "List the sites of a hub, and which are connected", Example: "  pergola sites\n  pergola sites --all --json",
-		Args: exactArgs(0, "no argument"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return h.with(cmd.Context(), func(ctx context.Context, c *api.Client) error {
-				res, err := c.Jobs.ListSites(ctx, &pb.ListSitesRequest{All: all})
-				if err != nil {
-					return err
-				}
-				if h.json {
-					return printList(e.stdout, res.GetSites())
-				}
-				tw := tabwriter.NewWriter(e.stdout, 0, 4, 2, ' ', 0)
-				fmt.Fprintln(tw, "SITE\tCONNECTED")
-				for _, s := range res.GetSites() {
-					is := map[bool]string{true: "yes", false: "no"}[s.GetConnected()]
-					if s.GetRemovedTime() != nil {
-						is = "removed"
-					}
-					fmt.Fprintf(tw, "%s\t%s\n", s.GetName(), is)
-				}
-				return tw.Flush()
-			})
-		},
-	}
-	c.Flags().BoolVar(&all, "all", false, "also those that were removed")
-	return h.add(c, "a JSON list")
-}
 
 // known is what is shown of a context.
 type known struct {

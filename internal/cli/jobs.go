@@ -233,7 +233,7 @@ func newJobs(e env) *cobra.Command {
 				tw := tabwriter.NewWriter(e.stdout, 0, 4, 2, ' ', 0)
 				fmt.Fprintln(tw, "JOB\tNAME\tSTATE\tSUBMITTER\tSITES\tCREATED\tWHY")
 				for _, j := range js {
-					fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", j.GetId(), j.GetName(), j.GetState(), j.GetSubmitter(), max(0, len(j.GetParties())-1), when(j.GetCreateTime()), clip(why(j.GetReason(), j.GetCause()), 80))
+					fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%d\t%s\t%s\n", j.GetId(), j.GetName(), j.GetState(), j.GetSubmitter(), max(0, len(j.GetParties())-1), when(j.GetCreateTime()), clip(why(j.GetReason(), j.GetCause()), 100))
 				}
 				if err := tw.Flush(); err != nil {
 					return err
@@ -291,6 +291,9 @@ func showJob(w io.Writer, j *pb.Job) error {
 	if j.GetReason() != "" {
 		fmt.Fprintf(tw, "why\t%s\n", j.GetReason())
 	}
+	if j.GetPriority() != 0 {
+		fmt.Fprintf(tw, "priority\t%d\n", j.GetPriority())
+	}
 	fmt.Fprintf(tw, "submitter\t%s\ncreated\t%s\nstarted\t%s\nended\t%s\nbundle\t%s\n", j.GetSubmitter(), when(j.GetCreateTime()), when(j.GetStartTime()), when(j.GetEndTime()), j.GetBundleDigest())
 	if c := api.FromProblem(j.GetCause()); c != nil {
 		fmt.Fprintf(tw, "cause\t%s\n\t%s\n", c.Code, strings.ReplaceAll(text(c), "\n", "\n\t"))
@@ -300,8 +303,12 @@ func showJob(w io.Writer, j *pb.Job) error {
 	}
 	tw = tabwriter.NewWriter(w, 0, 4, 2, ' ', 0)
 	fmt.Fprintln(tw, "\nPARTY\tSTATE\tSINCE\tWHY")
+	lacks := map[string]string{}
+	for _, l := range j.GetWait().GetLacks() {
+		lacks[l.GetSite()] = lackText(l)
+	}
 	for _, p := range j.GetParties() {
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\n", p.GetName(), p.GetState(), when(p.GetUpdateTime()), why(p.GetReason(), p.GetCause()))
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\n", p.GetName(), p.GetState(), when(p.GetUpdateTime()), cmp.Or(why(p.GetReason(), p.GetCause()), lacks[p.GetName()]))
 	}
 	return tw.Flush()
 }

@@ -22,6 +22,7 @@ import (
 
 	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/localrun"
@@ -35,6 +36,11 @@ type runFlags struct {
 	isolation                                          string
 	clients, workers                                   int
 	dials                                              map[string]string
+	cpus, gpus                                         int64
+	memory                                             string
+	resources                                          []string
+	priority                                           int
+	queue                                              string // --wait-timeout
 	runConfig, siteEnv                                 []string
 	deadline, noProgress, start, join                  string
 	mandatory                                          []string
@@ -78,9 +84,11 @@ Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 
 	f.addEngine(c)
 	fl.StringVar(&f.python, "python", "", "use this interpreter and its packages as they are, build no environment")
 	fl.StringArrayVar(&f.siteEnv, "site-env", nil, "variable for the programs at each site: NAME=value (repeatable)")
+	f.addResources(fl)
 	fl.StringVar(&f.deadline, "deadline", "", "end the job when it takes longer than this, for example 30m")
 	fl.StringVar(&f.noProgress, "no-progress", "", "end the job when nothing moves for this long (default 1h)")
 	fl.StringVar(&f.start, "start-timeout", "", "longest wait for all parties to be ready, builds not counted (default 10m)")
+	fl.StringVar(&f.queue, "wait-timeout", "", "longest wait for the sites to connect (default: start-timeout)")
 	fl.StringVar(&f.out, "out", "", "new or empty directory for logs and results (default ./pergola-runs/<app>-<time>)")
 	fl.StringVar(&f.apps, "apps", "", "folder with apps that lie ready on this machine, for app-path in [tool.pergola.server] and [tool.pergola.site]")
 	fl.StringVar(&f.siteProxy, "site-proxy", "", "have the sites reach the hub through this proxy, to try out what one does to a job")
@@ -94,6 +102,60 @@ Exit status: 0 succeeded · 1 failed · 2 usage · 3 aborted · 4 rejected · 5 
 	fl.BoolVarP(&f.verbose, "verbose", "v", false, "show Pergola's own log lines, too")
 	must(c.MarkFlagDirname("out"))
 	return c
+}
+
+// addResources adds the flags of what a job asks of each site.
+func (f *runFlags) addResources(fl *pflag.FlagSet) {
+	fl.Int64Var(&f.cpus, "cpus", 0, "CPUs of each site for the job alone")
+	fl.StringVar(&f.memory, "memory", "", "memory of each site for the job alone, for example 8GiB")
+	fl.Int64Var(&f.gpus, "gpus", 0, "GPUs of each site for the job alone, which its programs see by CUDA_VISIBLE_DEVICES")
+	fl.StringArrayVar(&f.resources, "resource", nil, "what else of each site, by a name that sites declare: licence-x=1 (repeatable)")
+}
+
+// asked reads them.
+func (f *runFlags) asked() (job.Resources, error) {
+	out := job.Resources{}
+	put := func(flag, name string, n int64) error {
+		if msg, next := job.ResourceFault(name, n); msg != "" {
+			return problem.New(problem.Usage, next, "--%s: %s", flag, msg)
+		}
+		out[name] = n
+		return nil
+	}
+	for _, r := range []struct {
+		name string
+		n    int64
+	}{{job.CPUs, f.cpus}, {job.GPUs, f.gpus}} {
+		if r.n != 0 {
+			if err := put(r.name, r.name, r.n); err != nil {
+				return nil, err
+			}
+		}
+	}
+	if f.memory != "" {
+		n, err := job.ParseSize(f.memory)
+		if err != nil {
+			p := problem.From(err)
+			return nil, problem.New(problem.Usage, p.Next, "--memory %s", p.Msg)
+		}
+		if err := put(job.Memory, job.Memory, n); err != nil {
+			return nil, err
+		}
+	}
+	for _, kv := range f.resources {
+		k, v, ok := strings.Cut(kv, "=")
+		n, err := strconv.ParseInt(v, 10, 64)
+		if k == job.Memory {
+			n, err = job.ParseSize(v)
+		}
+		if !ok || k == "" || err != nil {
+			return nil, problem.New(problem.Usage, "write it like licence-x=1", "--resource %q is not NAME=AMOUNT", kv)
+		}
+		if err := put("resource", k, n); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
 }
 
 // must is for what only a defect of the program can make fail.
@@ -230,7 +292,7 @@ func (f *runFlags) options(app string) (localrun.Options, error) {
 	for _, d := range []struct {
 		flag, text string
 		to         *job.Duration
-	}{{"deadline", f.deadline, &o.Spec.Deadline}, {"no-progress", f.noProgress, &o.Spec.NoProgress}, {"start-timeout", f.start, &o.Spec.StartTimeout}, {"join-wait", f.join, &o.Spec.JoinWait}} {
+	}{{"deadline", f.deadline, &o.Spec.Deadline}, {"no-progress", f.noProgress, &o.Spec.NoProgress}, {"start-timeout", f.start, &o.Spec.StartTimeout}, {"join-wait", f.join, &o.Spec.JoinWait}, {"wait-timeout", f.queue, &o.Spec.WaitTimeout}} {
 		if d.text == "" {
 			continue
 		}
@@ -239,6 +301,14 @@ func (f *runFlags) options(app string) (localrun.Options, error) {
 			return o, problem.New(problem.Usage, "write it like 90s, 30m, 6h or 2d", "--%s %q is not a duration", d.flag, d.text)
 		}
 		*d.to = v
+	}
+	o.Spec.Priority = f.priority
+	res, err := f.asked()
+	if err != nil {
+		return o, err
+	}
+	if len(res) > 0 {
+		o.Spec.Site.Resources = res
 	}
 	for _, kv := range f.siteEnv {
 		k, v, ok := strings.Cut(kv, "=")
@@ -421,8 +491,12 @@ func (p *people) event(e localrun.Event) {
 			return
 		}
 		switch c.To {
+		case job.Queued:
+			if c.Reason != "" {
+				p.say("in the queue: %s", c.Reason)
+			}
 		case job.Preparing:
-			p.say("all sites are connected; preparing")
+			p.say("preparing")
 		case job.Running:
 			p.say("the app runs")
 		case job.Stopping:

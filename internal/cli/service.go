@@ -117,7 +117,7 @@ func newSite(e env) *cobra.Command {
 		},
 	}
 	f.add(c, "the agent's directory (PERGOLA_DIR)")
-	c.AddCommand(newSiteJoin(e), newSiteRm(e), newSiteStatus(e))
+	c.AddCommand(newSiteJoin(e), newSiteDrain(e), newSiteResume(e), newSiteRm(e), newSiteStatus(e))
 	return c
 }
 

@@ -45,6 +45,7 @@ Exit status: 0 submitted, with --wait succeeded · 1 failed · 2 usage · 3 abor
 		Example: `  pergola submit ./app
   pergola submit ./app --wait --sites st-anna,charite --min-sites 1
   pergola submit lab.quickstart.1-0-0.03840e93.fab --json
+  pergola submit ./app --cpus 4 --memory 8GiB --gpus 1 --priority 10
   pergola submit ./app --key nightly-2026-11-24`,
 		Args: exactArgs(1, "the app's directory"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -66,6 +67,9 @@ Exit status: 0 submitted, with --wait succeeded · 1 failed · 2 usage · 3 abor
 	fl.StringVar(&f.flwr, "flwr", "", "run with this version of flwr instead of the one that the app asks for")
 	f.addEngine(c)
 	fl.StringArrayVar(&f.siteEnv, "site-env", nil, "variable for the programs at each site: NAME=value (repeatable)")
+	f.addResources(fl)
+	fl.IntVar(&f.priority, "priority", 0, "higher is taken first: -1000 to 1000")
+	fl.StringVar(&f.queue, "wait-timeout", "", "end the job when it is in the queue for longer than this (default: it waits)")
 	fl.StringVar(&f.deadline, "deadline", "", "end the job when it takes longer than this, for example 30m")
 	fl.StringVar(&f.noProgress, "no-progress", "", "end the job when nothing moves for this long (default 1h)")
 	fl.StringVar(&f.start, "start-timeout", "", "longest wait for all parties to be ready, builds not counted (default 10m)")

@@ -254,6 +254,10 @@ func (r *run) look() error {
 	}
 	spec.Sites = r.names
 	r.summary.Sites = r.names
+	// Nobody comes to start an agent that does not: the wait for sites has an end here.
+	if spec.WaitTimeout == 0 {
+		spec.WaitTimeout = spec.StartTimeout.Or(job.DefaultStartTimeout)
+	}
 	return app.Settle()
 }
 

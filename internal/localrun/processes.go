@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -179,6 +180,7 @@ func (r *run) lost(p *proc.Process) *problem.Error {
 
 func (r *run) startSites(auth *pki.Authority, addr string, env []string) ([]*proc.Process, error) {
 	var out []*proc.Process
+	devices := 0
 	for _, n := range r.names {
 		dir := filepath.Join(r.state, n)
 		if err := r.keypair(auth, dir, "site", pki.Identity{Kind: pki.KindSite, Name: n}); err != nil {
@@ -190,7 +192,8 @@ func (r *run) startSites(auth *pki.Authority, addr string, env []string) ([]*pro
 			dial = other
 		}
 		if err := config.Write(filepath.Join(dir, site.ConfigFile), site.Config{
-			Name: n, Hub: dial, Proxy: r.opt.SiteProxy, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, Apps: r.opt.Apps, Mark: mark,
+			Resources: resources(r.app.Spec.ResourcesFor(n), &devices),
+			Name:      n, Hub: dial, Proxy: r.opt.SiteProxy, Python: r.opt.Python, Existing: r.opt.Python != "", Cache: r.cache, Apps: r.opt.Apps, Mark: mark,
 		}); err != nil {
 			return out, diskProblem(err, r.out)
 		}
@@ -201,6 +204,28 @@ func (r *run) startSites(auth *pki.Authority, addr string, env []string) ([]*pro
 		out = append(out, p)
 	}
 	return out, nil
+}
+
+// resources gives what a site here declares: what the job asks of it, whatever this machine has, so that an app that is meant for
+// larger ones can be tried out. Devices are numbered through, so that no two sites have the same.
+func resources(ask job.Resources, devices *int) map[string]any {
+	out := map[string]any{}
+	for k, n := range ask {
+		switch k {
+		case job.Memory:
+			out[k] = job.FormatSize(n)
+		case job.GPUs:
+			ids := []string{}
+			for range n {
+				ids = append(ids, strconv.Itoa(*devices))
+				*devices++
+			}
+			out[k] = ids
+		default:
+			out[k] = n
+		}
+	}
+	return out
 }
 
 // start starts this executable as a hub or an agent.

@@ -53,6 +53,7 @@ func Look(dir string, f Flags) (*App, error) {
 		{&spec.StartTimeout, &f.Spec.StartTimeout},
 		{&spec.OutageTolerance, &f.Spec.OutageTolerance},
 		{&spec.JoinWait, &f.Spec.JoinWait},
+		{&spec.WaitTimeout, &f.Spec.WaitTimeout},
 	} {
 		if *d.from != 0 {
 			*d.to = *d.from
@@ -84,6 +85,16 @@ func Look(dir string, f Flags) (*App, error) {
 			spec.Site.Env = map[string]string{}
 		}
 		spec.Site.Env[k] = v
+	}
+	spec.Priority = f.Spec.Priority
+	for k, n := range f.Spec.Site.Resources { // before what the file says of a single site, as flags come before the file
+		if spec.Site.Resources == nil {
+			spec.Site.Resources = job.Resources{}
+		}
+		spec.Site.Resources[k] = n
+		for _, one := range spec.Site.Named {
+			delete(one.Resources, k)
+		}
 	}
 	var overrides []string
 	if spec.Server.Args, overrides, err = flower.SplitArgs(spec.Server.Args); err != nil {
