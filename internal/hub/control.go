@@ -190,7 +190,7 @@ func (c *control) step(ctx context.Context, wg *sync.WaitGroup) (over bool, next
 		return false, 0, c.hub.stop(ctx, j, forced)
 	}
 	now := c.hub.wall()
-	if ps, err = c.expel(ctx, j, ps, now); err != nil || ps == nil {
+	if ps, err = c.expel(ctx, j, ps, now); err != nil {
 		return false, 0, err
 	}
 	due := deadlines{now: time.Now(), wall: now, next: time.Minute}

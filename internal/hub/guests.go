@@ -6,7 +6,6 @@ import (
 	"crypto/x509"
 	"net"
 	"net/http"
-	"slices"
 	"sync"
 	"time"
 
@@ -294,8 +293,8 @@ func (h *Hub) look(ctx context.Context) error {
 	return nil
 }
 
-// expel ends the parts in a job of sites that were removed, and the job itself, if it has not begun and cannot do without them. It
-// gives the parties as they are then; none if the job was ended.
+// expel ends the parts in a job of sites that were removed. It gives the parties as they are then. Of jobs in the queue the
+// scheduler ends those that cannot do without them.
 func (c *control) expel(ctx context.Context, j job.Job, ps []job.Party, now time.Time) ([]job.Party, error) {
 	var out []job.Party
 	for _, p := range ps {
@@ -306,23 +305,12 @@ func (c *control) expel(ctx context.Context, j job.Job, ps []job.Party, now time
 	if len(out) == 0 {
 		return ps, nil
 	}
-	cause := func(p job.Party) *job.Cause {
-		e := problem.New(problem.Removed, "submit the job again with other sites, or enrol the site again", "%s was removed from the hub", p.Name)
-		e.Party = p.Name
-		return e
-	}
-	if !j.State.Active() && j.State != job.Stopping {
-		if short := cannotDo(j, out); short >= 0 {
-			return nil, c.hub.stop(ctx, j, cause(out[short]))
-		}
-		return ps, nil // it starts without them
-	}
 	changed := false
 	for _, p := range out {
 		if p.State.Terminal() {
 			continue
 		}
-		if err := ignoreMoved(c.hub.db.MoveParty(ctx, j.ID, p.Name, job.PartyFailed, cause(p), "", now)); err != nil {
+		if err := ignoreMoved(c.hub.db.MoveParty(ctx, j.ID, p.Name, job.PartyFailed, wasRemoved(p.Name), "", now)); err != nil {
 			return ps, err
 		}
 		changed = true
@@ -333,15 +321,9 @@ func (c *control) expel(ctx context.Context, j job.Job, ps []job.Party, now time
 	return c.hub.db.Parties(ctx, j.ID)
 }
 
-// cannotDo gives the index of a party without which a job cannot do, or at least not without all of these; -1 if it can.
-func cannotDo(j job.Job, without []job.Party) int {
-	for i, p := range without {
-		if slices.Contains(j.Spec.MandatorySites, p.Name) {
-			return i
-		}
-	}
-	if len(j.Spec.Sites)-len(without) < j.Spec.Need(len(j.Spec.Sites)) {
-		return 0
-	}
-	return -1
+// wasRemoved is the cause of the end of what cannot do without a site.
+func wasRemoved(site string) *job.Cause {
+	e := problem.New(problem.Removed, "submit the job again with other sites, or enrol the site again", "%s was removed from the hub", site)
+	e.Party = site
+	return e
 }

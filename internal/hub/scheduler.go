@@ -457,7 +457,7 @@ func (s *scheduler) act(ctx context.Context, d *schedule.Decision) (again bool, 
 			}
 		}
 	}
-	if len(d.Start)+len(d.Join)+len(d.Expired)+len(tell) == 0 {
+	if len(d.Start)+len(d.Join)+len(d.Expired)+len(d.Cannot)+len(tell) == 0 {
 		return false, nil
 	}
 	held, err := s.duty.hold(ctx)
@@ -481,11 +481,16 @@ func (s *scheduler) act(ctx context.Context, d *schedule.Decision) (again bool, 
 		}
 	}
 	for _, w := range d.Expired {
-		if err := s.expire(ctx, w); err != nil {
+		if err := s.end(ctx, w.ID, func(j job.Job) *job.Cause { return s.expired(j, w) }); err != nil {
 			return false, err
 		}
 	}
-	if len(d.Start)+len(d.Join)+len(d.Expired) > 0 {
+	for _, w := range d.Cannot {
+		if err := s.end(ctx, w.ID, func(j job.Job) *job.Cause { return wasRemoved(missed(j, w)) }); err != nil {
+			return false, err
+		}
+	}
+	if len(d.Start)+len(d.Join)+len(d.Expired)+len(d.Cannot) > 0 {
 		return true, nil // people are told of what is so then
 	}
 	s.show(d)
@@ -523,25 +528,40 @@ func (s *scheduler) start(ctx context.Context, p schedule.Placement) error {
 	return s.done(ctx, p.ID, err)
 }
 
-// expire ends a job whose time in the queue is over.
-func (s *scheduler) expire(ctx context.Context, w *schedule.Wait) error {
-	j, err := s.hub.db.Job(ctx, w.ID)
+// end ends a job that is in the queue.
+func (s *scheduler) end(ctx context.Context, id job.ID, cause func(job.Job) *job.Cause) error {
+	j, err := s.hub.db.Job(ctx, id)
 	if err == nil && !j.State.Active() {
-		var away []string
-		for _, l := range w.Lacks {
-			if l.Kind == schedule.Away {
-				away = append(away, l.Site)
-			}
-		}
-		limit := j.Spec.WaitTimeout
-		cause := problem.New(problem.WaitTimeout, "submit it again with a longer --wait-timeout, or ask for less", "the job was in the queue for %s: %s", limit, s.text(w, 0))
-		if len(away) > 0 {
-			cause = problem.New(problem.StartTimeout, "check that the agents of these sites run and reach the hub", "%s did not connect within %s", strings.Join(away, ", "), limit)
-			cause.Party = away[0]
-		}
-		err = s.hub.stop(ctx, j, cause)
+		err = s.hub.stop(ctx, j, cause(j))
 	}
-	return s.done(ctx, w.ID, err)
+	return s.done(ctx, id, err)
+}
+
+// expired is the cause of a job's end whose time in the queue is over.
+func (s *scheduler) expired(j job.Job, w *schedule.Wait) *job.Cause {
+	var away []string
+	for _, l := range w.Lacks {
+		if l.Kind == schedule.Away {
+			away = append(away, l.Site)
+		}
+	}
+	limit := j.Spec.WaitTimeout
+	if len(away) == 0 {
+		return problem.New(problem.WaitTimeout, "submit it again with a longer --wait-timeout, or ask for less", "the job was in the queue for %s: %s", limit, s.text(w, 0))
+	}
+	cause := problem.New(problem.StartTimeout, "check that the agents of these sites run and reach the hub", "%s did not connect within %s", strings.Join(away, ", "), limit)
+	cause.Party = away[0]
+	return cause
+}
+
+// missed names a removed site that a job cannot do without.
+func missed(j job.Job, w *schedule.Wait) (site string) {
+	for _, l := range w.Lacks {
+		if l.Kind == schedule.Removed && (site == "" || slices.Contains(j.Spec.MandatorySites, l.Site)) {
+			site = l.Site
+		}
+	}
+	return site
 }
 
 // tell writes down why a job waits.

@@ -363,7 +363,7 @@ func (h *Hub) hasPart(ctx context.Context, j job.Job, site string) error {
 		return err
 	}
 	for _, p := range ps {
-		if p.Name == site && p.Holds() && j.State.Active() {
+		if p.Name == site && p.Holds() && !p.State.Terminal() && j.State.Active() {
 			return nil
 		}
 	}

@@ -97,12 +97,15 @@ type Party struct {
 	Cause   *Cause     `json:"cause,omitempty"`
 	Updated time.Time  `json:"updated"`
 
-	// Allocated tells that the job was given what it asks for at the site. It holds that until the party is over.
+	// Allocated tells that the job was given what it asks for at the site; see Holds.
 	Allocated bool `json:"allocated,omitempty"`
 }
 
-// Holds tells whether the job holds now what it asks for at the party's site.
-func (p Party) Holds() bool { return p.Allocated && !p.State.Terminal() }
+// Holds tells whether the job holds now what it asks for at the party's site: until the party is over, unless it is about to begin
+// anew on another engine.
+func (p Party) Holds() bool {
+	return p.Allocated && (!p.State.Terminal() || p.State == PartyFailed && p.Cause != nil && p.Cause.Code == problem.NativeUnavailable)
+}
 
 // CheckName refuses a name that is not a lower-case DNS label: 1 to 63 letters, digits and inner
 // hyphens. What says what is named ("site", "job") and stands in the message. For a site, "hub" is

@@ -126,7 +126,7 @@ func (w *world) step(t fataler) *Decision {
 			t.Fatalf("job %s waits in place %d (number %d), and for nothing: %+v", x.ID, x.Place, i+1, x)
 		}
 	}
-	if len(d.Waits)+len(d.Expired)+len(d.Start) != len(waiting) || len(told) != len(d.Waits) {
+	if len(d.Waits)+len(d.Expired)+len(d.Cannot)+len(d.Start) != len(waiting) || len(told) != len(d.Waits) {
 		t.Fatalf("of %d jobs %d start, %d wait, %d are over", len(waiting), len(d.Start), len(d.Waits), len(d.Expired))
 	}
 	for _, x := range d.Expired {

@@ -87,6 +87,7 @@ type Decision struct {
 	Start   []Placement // queued jobs, in this order
 	Join    []Placement // active jobs that get a further site each
 	Expired []*Wait     // jobs whose time in the queue is over
+	Cannot  []*Wait     // jobs of which so many sites were removed that they cannot run
 	Waits   []*Wait     // the other queued jobs, in the order of the queue
 	Next    time.Time   // when to decide anew if nothing changes before; zero: never
 }
@@ -466,10 +467,11 @@ type verdict struct {
 	never    bool
 	waitable bool
 	kept     bool // what it needs is kept for its first job already
+	cannot   bool // so many of its sites were removed
 	full     bool // there are sites enough, but the hub runs as many jobs as it may
 }
 
-// try starts a job if it can start, and else says why it waits; nothing of it, if its time in the queue is over. Keep tells whether
+// try starts a job if it can start, and else says why it waits; nothing of it, if it waits no more. Keep tells whether
 // what it needs is to be kept from jobs of lower priorities: it could start but for others.
 func (p *pass) try(j *Job) (w *Wait, started, keep bool) {
 	v := p.shapes[j.Shape]
@@ -550,7 +552,7 @@ func (p *pass) keep(j *Job) {
 // look finds which of a shape's sites could take it now. Hope is that others may, too; enough that those that can suffice.
 func (p *pass) look(s *Shape) (v *verdict, able []string, hope, enough bool) {
 	v = &verdict{}
-	could, ever := 0, 0 // sites that could take it if nothing ran; that have what it asks for
+	could, ever, left := 0, 0, 0 // sites that could take it if nothing ran; that have what it asks for; that were not removed
 	enough, v.waitable = true, true
 	var mustNever bool
 	for _, r := range s.Sites {
@@ -568,6 +570,11 @@ func (p *pass) look(s *Shape) (v *verdict, able []string, hope, enough bool) {
 		} else if must {
 			v.waitable = false
 		}
+		if l.Kind != Removed {
+			left++
+		} else if must {
+			v.cannot = true
+		}
 		if l.Kind != TooSmall {
 			ever++
 		} else if must {
@@ -577,14 +584,19 @@ func (p *pass) look(s *Shape) (v *verdict, able []string, hope, enough bool) {
 	v.able = len(able)
 	enough = enough && len(able) >= s.Need
 	v.waitable = v.waitable && could >= s.Need
+	v.cannot = v.cannot || left < s.Need
 	v.never = mustNever || ever < s.Need
 	return v, able, hope, enough
 }
 
-// wait says why a job waits; nil if it has waited for too long.
+// wait says why a job waits; nil if it has waited for too long, or would wait for nothing.
 func (p *pass) wait(j *Job, v *verdict, late bool) *Wait {
 	w := &Wait{ID: j.ID, Lacks: v.lacks, Able: v.able, Needed: j.Need, Never: v.never, HubFull: v.full, shape: j.Shape}
-	if late {
+	switch {
+	case v.cannot:
+		p.out.Cannot = append(p.out.Cannot, w)
+		return nil
+	case late:
 		p.out.Expired = append(p.out.Expired, w)
 		return nil
 	}

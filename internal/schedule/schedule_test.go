@@ -127,6 +127,9 @@ func show(d *Decision) string {
 	for _, w := range d.Expired {
 		out = append(out, fmt.Sprintf("expired %s", w.ID))
 	}
+	for _, w := range d.Cannot {
+		out = append(out, fmt.Sprintf("cannot %s", w.ID))
+	}
 	for _, w := range d.Waits {
 		out = append(out, fmt.Sprintf("%s: %s", w.ID, w.Text(len(d.Waits), func(id job.ID) string { return map[job.ID]string{"9": "bob"}[id] })))
 	}
@@ -321,6 +324,14 @@ func TestDecide(t *testing.T) {
 		},
 		{
 			"at its end it starts with those that are there", list{"a", "b away"}, nil, list{"1 ann a & b | need=1 limit=60 since=-60"}, nil, list{"start 1@a"},
+		},
+		{
+			"without its removed sites it can or cannot",
+			list{"a", "b removed", "c away"},
+			nil,
+			list{"1 ann a & b", "2 ann a & b | need=1", "3 ann a & b | need=1 must=b", "4 ann b & c | need=1"},
+			nil,
+			list{"start 2@a", "cannot 1", "cannot 3", "4: place 1 of 1: waiting for c to connect; b was removed"},
 		},
 		{
 			"the hub takes no more than it may",

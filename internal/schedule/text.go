@@ -18,7 +18,10 @@ func (w *Wait) Text(queued int, who func(job.ID) string) string {
 	if w.Never {
 		return "can never start: " + w.lacks(who, func(k Kind) bool { return k == TooSmall })
 	}
-	at := fmt.Sprintf("place %d of %d: ", w.Place, queued)
+	at := ""
+	if w.Place > 0 {
+		at = fmt.Sprintf("place %d of %d: ", w.Place, queued)
+	}
 	switch {
 	case w.Joining:
 		text := fmt.Sprintf("%d of %d sites could begin, and others are waited for", w.Able, w.Able+len(w.Lacks))

@@ -360,7 +360,7 @@ func (db *DB) Again(ctx context.Context, id job.ID, party, reason string, now ti
 			return false, (&store.MoveError{Job: id, Party: party, From: string(p.State), To: string(job.PartyAbsent)}).Problem()
 		}
 		if _, err := tx.ExecContext(ctx, "UPDATE party SET state = ?, attempt = ?, reason = ?, cause = '', updated = ?, allocated = ? WHERE job = ? AND name = ?",
-			job.PartyAbsent, p.Attempt+1, reason, nanos(now), flag(p.Allocated && !p.State.Terminal()), id, party); err != nil {
+			job.PartyAbsent, p.Attempt+1, reason, nanos(now), flag(p.Holds()), id, party); err != nil {
 			return false, err
 		}
 		return true, insertEvent(ctx, tx, id, party, job.KindPartyState, job.PartyStateChange{From: p.State, To: job.PartyAbsent, Reason: reason, Attempt: p.Attempt + 1}, now)

@@ -134,6 +134,11 @@ func testAllocate(t *testing.T, open Opener) {
 	ok(t, db.Allocate(t.Context(), j.ID, "s2", "me"))
 	holds(t, db, j.ID, "s1", "s2")
 
+	ok(t, db.MoveParty(t.Context(), j.ID, "s2", job.PartyFailed, problem.New(problem.NativeUnavailable, "", "not here"), "", t0))
+	holds(t, db, j.ID, "s1", "s2") // until it begins on another engine
+	ok(t, db.Again(t.Context(), j.ID, "s2", "on another engine", t0))
+	holds(t, db, j.ID, "s1", "s2")
+
 	ok(t, db.Move(t.Context(), j.ID, job.Stopping, nil, "", t0))
 	party("s2", job.PartyDone)
 	holds(t, db, j.ID, "s1")
