@@ -79,14 +79,17 @@ var layer = map[string]int{
 	"runner":   4,
 	"site":     4,
 
-	"cli":    5,
-	"doctor": 5,
-	"web":    5,
+	"cli":     5,
+	"doctor":  5,
+	"support": 5,
+	"web":     5,
 }
 
 // beside lists the imports within a layer that are meant: each is a part that cannot be thought of
 // without the other, never a convenience.
 var beside = map[string]bool{
+	"cli support":                   true, // as doctor
+	"support doctor":                true, // a bundle has what it finds
 	"cli doctor":                    true, // it looks at what every role has, and is a command
 	"api job":                       true, // it has the wire's forms of what job has
 	"hub runner":                    true, // each starts runners and reads their journals;

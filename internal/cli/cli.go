@@ -83,7 +83,7 @@ func newRoot(e env) *cobra.Command {
 	root.SetErr(e.stderr)
 	root.SetVersionTemplate("pergola {{.Version}}\n")
 	root.SetFlagErrorFunc(flagError)
-	root.AddCommand(newRun(e), newSubmit(e), newJobs(e), newShow(e), newLogs(e), newEvents(e), newAbort(e), newResubmit(e), newDownload(e), newRm(e), newSites(e), newUser(e), newContext(e), newLogin(e), newImport(e), newHub(e), newSite(e), newDoctor(e), newRunner(e), newShim(e), newVersion(e))
+	root.AddCommand(newRun(e), newSubmit(e), newJobs(e), newShow(e), newLogs(e), newEvents(e), newAbort(e), newResubmit(e), newDownload(e), newRm(e), newSites(e), newUser(e), newContext(e), newLogin(e), newImport(e), newHub(e), newSite(e), newDoctor(e), newSupport(e), newRunner(e), newShim(e), newVersion(e))
 	root.SetHelpCommand(newHelp())
 	root.InitDefaultCompletionCmd()
 	for _, c := range root.Commands() {

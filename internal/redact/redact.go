@@ -83,13 +83,30 @@ func Text(s string) string {
 		}
 	}
 	if has(assignedHints) && strings.ContainsAny(s, "=:,- ") {
-		s = assigned.ReplaceAllStringFunc(s, func(m string) string {
-			p := assigned.FindStringSubmatch(m)
-			return p[1] + p[2] + quoteLike(p[3])
-		})
+		s = assignments(s)
 		s = flagged.ReplaceAllString(s, "${1}${2}"+Mark)
 	}
 	return s
+}
+
+// assignments takes out the values behind the names of secrets.
+func assignments(s string) string {
+	var out strings.Builder
+	for {
+		at := assigned.FindStringSubmatchIndex(s)
+		if at == nil {
+			out.WriteString(s)
+			return out.String()
+		}
+		value, rest := s[at[6]:at[7]], s[at[7]:]
+		out.WriteString(s[:at[6]])
+		if next := assigned.FindStringIndex(s[at[6]:]); next != nil && next[0] == 0 { // "secret: token = x": the value is a name itself
+			s = s[at[6]:]
+			continue
+		}
+		out.WriteString(quoteLike(value))
+		s = rest
+	}
 }
 
 // quoteLike gives the mark in the quotes that the value had.
@@ -192,13 +209,26 @@ func (r *Redactor) Text(s string) string {
 	return Text(s)
 }
 
-// Value gives v, as encoding/json or a TOML decoder makes it, without secrets: behind names of such nothing is left, and texts are as
-// [Redactor.Text] has them.
+// Known tells whether a secret that was told of is in s.
+func (r *Redactor) Known(s string) bool {
+	s = strings.ReplaceAll(s, Mark, "\x00") // whose own word may be one
+	return slices.ContainsFunc(r.known, func(k string) bool { return strings.Contains(s, k) })
+}
+
+// Environment tells whether what is called name holds variables of an environment, whose values are all taken to be secret.
+func Environment(name string) bool { return name == "env" || name == "environment" }
+
+// Value gives v, as encoding/json or a TOML decoder makes it, without secrets: behind names of such nothing is left, neither of an environment's
+// values, and texts are as [Redactor.Text] has them.
 func (r *Redactor) Value(name string, v any) any {
 	switch v := v.(type) {
 	case map[string]any:
 		out := make(map[string]any, len(v))
 		for k, e := range v {
+			if _, nested := e.(map[string]any); Environment(name) && !nested {
+				out[r.Text(k)] = Mark
+				continue
+			}
 			out[r.Text(k)] = r.Value(k, e)
 		}
 		return out
@@ -225,7 +255,11 @@ func (r *Redactor) Value(name string, v any) any {
 // JSON gives one JSON value, or several with one on each line, without secrets. What is none is treated as text.
 func (r *Redactor) JSON(b []byte) []byte {
 	var out bytes.Buffer
-	for line := range bytes.Lines(b) {
+	lines := bytes.Lines(b)
+	if json.Valid(b) {
+		lines = slices.Values([][]byte{b}) // one that may go over several lines
+	}
+	for line := range lines {
 		d := json.NewDecoder(bytes.NewReader(line))
 		d.UseNumber()
 		var v any

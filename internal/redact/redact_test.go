@@ -48,6 +48,7 @@ var planted = []struct{ name, text, secret string }{
 	{"a flag with =", "flwr run --api-key=pl4nted", "pl4nted"},
 	{"Python's dict", `{'password': 'pl4nted'}`, "pl4nted"},
 	{"Go's map", "map[token:pl4nted x:1]", "pl4nted"},
+	{"a name behind a name", "the secret: aws_secret_access_key = pl4nted", "pl4nted"},
 	{"age", "AGE-SECRET-KEY-1QPL4NTEDQQQ", "PL4NTED"},
 	{"Cookie", "Cookie: session=pl4nted", "pl4nted"},
 }
@@ -118,6 +119,9 @@ func TestKnownSecrets(t *testing.T) {
 func TestJSONStaysJSON(t *testing.T) {
 	var r Redactor
 	r.Learn("supersecret")
+	if got, want := string(r.JSON([]byte("{\n \"env\": {\n  \"A\": \"short\", \"B\": 1},\n \"Env\": \"x\"\n}"))), `{"Env":"x","env":{"A":"[removed]","B":"[removed]"}}`+"\n"; got != want {
+		t.Errorf("an environment: %s", got)
+	}
 	in := `{"seq":12345678901234567890,"body":{"password":"a b","env":["x supersecret y",1,null,true],"token":17,"a supersecret one":1,"url":"http://u:p@h/","html":"<&>"}}` + "\nno JSON, but supersecret\n[1,2]"
 	want := `{"body":{"a [removed] one":1,"env":["x [removed] y",1,null,true],"html":"<&>","password":"[removed]","token":"[removed]","url":"http://[removed]@h/"},"seq":12345678901234567890}` +
 		"\nno JSON, but [removed]\n[1,2]\n"

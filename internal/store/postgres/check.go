@@ -46,3 +46,23 @@ func Check(ctx context.Context, url string) (sqlstore.Facts, error) {
 	}
 	return f, err
 }
+
+// Look opens the database at url for reading alone: methods that write fail. Nothing is changed, not even the tables of an older Pergola.
+func Look(ctx context.Context, url string) (*DB, error) {
+	conf, err := parse(url)
+	if err != nil {
+		return nil, err
+	}
+	if conf.ConnectTimeout == 0 {
+		conf.ConnectTimeout = connectTimeout
+	}
+	conf.RuntimeParams["default_transaction_read_only"] = "on"
+	db := &DB{name: name(conf), conf: conf, stop: func() {}}
+	pool := stdlib.OpenDB(*conf)
+	if err := pool.PingContext(ctx); err != nil {
+		return nil, errors.Join(dialect{db}.Trouble(err, "read the store"), pool.Close())
+	}
+	db.w, db.r = pool, pool
+	db.DB = sqlstore.New(pool, pool, dialect{db})
+	return db, nil
+}

@@ -30,14 +30,7 @@ func Check(ctx context.Context, path string) (sqlstore.Facts, error) {
 		return f, db.trouble(err, "read the store")
 	}
 	f.Bytes = info.Size()
-	dsn := uri(path) + "mode=ro&" + busyDSN
-	_, wal := os.Stat(path + "-wal")
-	_, shm := os.Stat(path + "-shm")
-	if wal != nil || shm != nil {
-		// Nobody has it open. SQLite would make the files beside it, as whoever this is: the hub could not use them then.
-		dsn = uri(path) + "mode=ro&immutable=1"
-	}
-	pool, err := sql.Open("sqlite", dsn)
+	pool, err := sql.Open("sqlite", lookDSN(path))
 	if err != nil {
 		return f, db.trouble(err, "read the store")
 	}
@@ -73,4 +66,37 @@ func Check(ctx context.Context, path string) (sqlstore.Facts, error) {
 		err = db.trouble(err, "check the store")
 	}
 	return f, err
+}
+
+// Look opens the file at path for reading alone: methods that write fail. Nothing is made or changed, not even the tables of an older Pergola.
+func Look(ctx context.Context, path string) (*DB, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	db := &DB{path: path}
+	if _, err := os.Stat(path); err != nil {
+		return nil, db.trouble(err, "read the store")
+	}
+	pool, err := sql.Open("sqlite", lookDSN(path))
+	if err != nil {
+		return nil, db.trouble(err, "read the store")
+	}
+	if err := pool.PingContext(ctx); err != nil {
+		return nil, errors.Join(db.trouble(err, "read the store"), pool.Close())
+	}
+	db.w, db.r = pool, pool
+	db.DB = sqlstore.New(pool, pool, dialect{db})
+	return db, nil
+}
+
+// lookDSN is for reading alone. Where nobody has the file open, SQLite would make the files beside it, as whoever this is: the hub could not
+// use them then.
+func lookDSN(path string) string {
+	_, wal := os.Stat(path + "-wal")
+	_, shm := os.Stat(path + "-shm")
+	if wal != nil || shm != nil {
+		return uri(path) + "mode=ro&immutable=1"
+	}
+	return uri(path) + "mode=ro&" + busyDSN
 }
