@@ -85,7 +85,7 @@ func newHub(e env) *cobra.Command {
 		},
 	}
 	f.add(c, "the hub's directory (PERGOLA_DIR)")
-	c.AddCommand(newHubInit(e), newHubToken(e), newHubBackup(e), newHubStatus(e))
+	c.AddCommand(newHubInit(e), newHubToken(e), newHubBackup(e), newHubGC(e), newHubStatus(e))
 	return c
 }
 
@@ -117,7 +117,7 @@ func newSite(e env) *cobra.Command {
 		},
 	}
 	f.add(c, "the agent's directory (PERGOLA_DIR)")
-	c.AddCommand(newSiteJoin(e), newSiteDrain(e), newSiteResume(e), newSiteRm(e), newSiteStatus(e))
+	c.AddCommand(newSiteJoin(e), newSiteGC(e), newSiteDrain(e), newSiteResume(e), newSiteRm(e), newSiteStatus(e))
 	return c
 }
 

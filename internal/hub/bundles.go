@@ -13,12 +13,12 @@ import (
 	"time"
 
 	"github.com/dustin/go-humanize"
-	"golang.org/x/sys/unix"
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
 	"github.com/pergolafl/pergola/internal/bundle"
+	"github.com/pergolafl/pergola/internal/keyed"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 )
@@ -288,25 +288,11 @@ func (h *Hub) unpacked(ctx context.Context, digest string) error {
 // holdBundles keeps collectors, in this process and in others, from removing bundles until release is called: between the
 // look whether one is there and the job that needs it nothing may go.
 func (h *Hub) holdBundles() (release func(), err error) {
-	return lockBundles(h.dir, unix.LOCK_SH)
+	release, err = keyed.File(bundleLock(h.dir), true)
+	return release, diskProblem(err)
 }
 
-func lockBundles(dir string, how int) (release func(), err error) {
-	f, err := os.OpenFile(filepath.Join(dir, "bundles", ".lock"), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, diskProblem(err)
-	}
-	for {
-		err := unix.Flock(int(f.Fd()), how)
-		if errors.Is(err, unix.EINTR) {
-			continue
-		}
-		if err != nil {
-			return nil, errors.Join(err, f.Close())
-		}
-		return func() { _ = f.Close() }, nil // which unlocks
-	}
-}
+func bundleLock(dir string) string { return filepath.Join(dir, "bundles", ".lock") }
 
 func syncDir(dir string) error {
 	f, err := os.Open(dir)

@@ -54,6 +54,8 @@ type Config struct {
 	Store     string       `toml:"store"`      // postgres://…; "" = a file in the hub's directory
 	Mark      string       `toml:"mark"`       // begins the marks of this hub's programs; default "hub"
 
+	Retention Retention `toml:"retention"` // for how long what is over is kept
+
 	CertificateLifetime job.Duration `toml:"certificate-lifetime"` // of all certificates that the hub issues, its own as well; default 30d
 
 	Monitor         string `toml:"monitor"`          // host:port of the pages for monitoring, without TLS; "" = none but in the directory and on the port
@@ -246,6 +248,7 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 	g.Go(func() error { return p.run(ctx, func(c *tls.Conn) { h.splice(ctx, c) }) })
 	g.Go(func() error { return serveHTTP(ctx, hs, p.http) })
 	g.Go(func() error { return h.control(ctx) })
+	g.Go(func() error { return h.collects(ctx) })
 	g.Go(func() error { return h.serveMonitor(ctx, m, mon) })
 	g.Go(func() error { return h.seeOut(ctx) })
 	g.Go(func() error { return h.keepCertificate(ctx) })

@@ -33,6 +33,8 @@ type measures struct {
 	linkBytes                                *prometheus.CounterVec
 	outages, cuts, resumes, resent, downTime prometheus.Counter
 
+	removals, removedBytes *prometheus.CounterVec
+
 	mu    sync.Mutex // guards the rest
 	links map[job.ID]map[string]job.Link
 }
@@ -75,6 +77,8 @@ func newMeasures() *measures {
 		resumes:      counter("pergola_link_resumes_total", "Outages of links that ended with the same session."),
 		resent:       counter("pergola_link_resent_bytes_total", "Bytes that were sent again after outages of links."),
 		downTime:     counter("pergola_link_down_seconds_total", "Time in which links were interrupted."),
+		removals:     vec("pergola_removals_total", "What retention has removed, by kind.", "kind"),
+		removedBytes: vec("pergola_removed_bytes_total", "Bytes of what retention has removed, by kind.", "kind"),
 		links:        map[job.ID]map[string]job.Link{},
 	}
 }
@@ -83,6 +87,7 @@ func (m *measures) collectors() []prometheus.Collector {
 	return []prometheus.Collector{
 		m.submitted, m.started, m.ended, m.wait, m.duration, m.parties, m.apiCalls, m.apiSeconds, m.apiStreams, m.storeSeconds, m.storeErrors,
 		m.linksOpened, m.linkBytes, m.outages, m.cuts, m.resumes, m.resent, m.downTime,
+		m.removals, m.removedBytes,
 	}
 }
 

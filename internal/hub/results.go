@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/logs"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 )
@@ -59,21 +61,14 @@ func (s jobService) ResubmitJob(ctx context.Context, req *pb.ResubmitJobRequest)
 	return &pb.ResubmitJobResponse{Job: out}, err
 }
 
-// DeleteJob implements the API. The files go first: a hub that is killed between leaves a job that can be deleted again, and
-// never files that nobody knows.
+// DeleteJob implements the API.
 func (s jobService) DeleteJob(ctx context.Context, req *pb.DeleteJobRequest) (*pb.DeleteJobResponse, error) {
 	j, err := s.job(ctx, req.GetId())
 	if err != nil {
 		return nil, err
 	}
-	if !j.State.Terminal() {
-		return nil, problem.New(problem.Usage, "end it first with: pergola abort "+string(j.ID), "job %s is %s", j.ID, j.State)
-	}
-	if err := os.RemoveAll(s.jobDir(j.ID)); err != nil {
-		return nil, diskProblem(err)
-	}
 	defer s.sched.touch(j.ID)
-	return &pb.DeleteJobResponse{}, s.db.DeleteJob(ctx, j.ID)
+	return &pb.DeleteJobResponse{}, removeJob(ctx, s.dir, s.db, j.ID)
 }
 
 // ListResults implements the API.
@@ -99,27 +94,64 @@ func (s jobService) ListResults(ctx context.Context, req *pb.ListResultsRequest)
 			if errors.Is(err, fs.ErrNotExist) && p == dir {
 				return nil
 			}
-			if err != nil || !d.Type().IsRegular() { // a link may lead anywhere: it stays at the hub
+			if err != nil {
 				return err
 			}
 			if err := ctx.Err(); err != nil {
 				return err
+			}
+			if d.IsDir() && isLogFolder(p) {
+				return listLogs(ctx, filepath.Join(s.jobDir(j.ID), filepath.FromSlash(p)), p, out)
+			}
+			// A link may lead anywhere: it stays at the hub. Logs are listed with their folder.
+			if !d.Type().IsRegular() || isLogFolder(path.Dir(p)) && (logs.Part(d.Name()) || logs.ValidName(d.Name()) == nil) {
+				return nil
 			}
 			f, err := root.Open(p)
 			if err != nil {
 				return err
 			}
 			defer f.Close()
-			h := sha256.New()
-			n, err := io.Copy(h, f)
-			out.Files = append(out.Files, &pb.ResultFile{Path: p, SizeBytes: n, Digest: "sha256:" + hex.EncodeToString(h.Sum(nil))})
-			return err
+			return addFile(ctx, p, f, out)
 		})
 		if err != nil {
 			return nil, err
 		}
 	}
+	slices.SortFunc(out.Files, func(a, b *pb.ResultFile) int { return strings.Compare(a.GetPath(), b.GetPath()) })
 	return out, nil
+}
+
+// isLogFolder tells whether a path of a job's folder is that of a party's logs.
+func isLogFolder(p string) bool { return path.Dir(p) == "logs" }
+
+// listLogs adds a party's logs, each as one file.
+func listLogs(ctx context.Context, dir, p string, out *pb.ListResultsResponse) error {
+	ends, err := logs.Sizes(dir)
+	if err != nil {
+		return err
+	}
+	for name := range ends {
+		w, err := logs.OpenWhole(dir, name)
+		if err != nil {
+			return err
+		}
+		err = addFile(ctx, p+"/"+name, io.NewSectionReader(w, 0, w.Size()), out)
+		if e := w.Close(); err == nil {
+			err = e
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func addFile(ctx context.Context, p string, r io.Reader, out *pb.ListResultsResponse) error {
+	h := sha256.New()
+	n, err := io.Copy(h, ctxReader{ctx, r})
+	out.Files = append(out.Files, &pb.ResultFile{Path: p, SizeBytes: n, Digest: "sha256:" + hex.EncodeToString(h.Sum(nil))})
+	return err
 }
 
 // DownloadResult implements the API.
@@ -133,29 +165,39 @@ func (s jobService) DownloadResult(ctx context.Context, req *pb.DownloadResultRe
 	if !filepath.IsLocal(req.GetPath()) || path.Clean(req.GetPath()) != req.GetPath() || (first != kept[0] && first != kept[1]) {
 		return none
 	}
-	root, err := os.OpenRoot(s.jobDir(j.ID))
-	if err != nil {
-		return none
+	var r io.ReaderAt
+	var size int64
+	if dir, name := path.Split(req.GetPath()); isLogFolder(path.Clean(dir)) && logs.ValidName(name) == nil {
+		w, err := logs.OpenWhole(filepath.Join(s.jobDir(j.ID), filepath.FromSlash(dir)), name)
+		if err != nil {
+			return none
+		}
+		defer w.Close()
+		r, size = w, w.Size()
+	} else {
+		root, err := os.OpenRoot(s.jobDir(j.ID))
+		if err != nil {
+			return none
+		}
+		defer root.Close()
+		info, err := root.Lstat(req.GetPath())
+		if err != nil || !info.Mode().IsRegular() {
+			return none
+		}
+		f, err := root.Open(req.GetPath())
+		if err != nil {
+			return none
+		}
+		defer f.Close()
+		r, size = f, info.Size()
 	}
-	defer root.Close()
-	info, err := root.Lstat(req.GetPath())
-	if err != nil || !info.Mode().IsRegular() {
-		return none
+	if req.GetOffset() < 0 || req.GetOffset() > size {
+		return problem.New(problem.Usage, "begin at 0", "%s has %d bytes, and cannot be sent from byte %d on", req.GetPath(), size, req.GetOffset())
 	}
-	f, err := root.Open(req.GetPath())
-	if err != nil {
-		return none
-	}
-	defer f.Close()
-	if req.GetOffset() < 0 || req.GetOffset() > info.Size() {
-		return problem.New(problem.Usage, "begin at 0", "%s has %d bytes, and cannot be sent from byte %d on", req.GetPath(), info.Size(), req.GetOffset())
-	}
-	if _, err := f.Seek(req.GetOffset(), io.SeekStart); err != nil {
-		return err
-	}
+	in := io.NewSectionReader(r, req.GetOffset(), size-req.GetOffset())
 	buf := make([]byte, api.MaxChunk)
 	for {
-		n, err := io.ReadFull(f, buf)
+		n, err := io.ReadFull(in, buf)
 		if n > 0 {
 			if err := out.Send(&pb.DownloadResultResponse{Data: buf[:n]}); err != nil {
 				return err

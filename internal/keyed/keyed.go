@@ -1,11 +1,38 @@
 // Package keyed has locks by name, for what is done to one thing at a time and to many things at once. It is no lock between
-// processes. Start with [Locks].
+// processes; [File] is one. Start with [Locks].
 package keyed
 
 import (
 	"context"
+	"errors"
+	"os"
 	"sync"
+
+	"golang.org/x/sys/unix"
 )
+
+// File waits for the lock of a file, which it makes if there is none: with shared, together with others who share it. The lock
+// goes with the process, whatever ends it.
+func File(path string, shared bool) (unlock func(), err error) {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	how := unix.LOCK_EX
+	if shared {
+		how = unix.LOCK_SH
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), how)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		return func() { _ = f.Close() }, nil // which unlocks
+	}
+}
 
 // Locks has a lock for each name. The zero value is ready.
 type Locks struct {

@@ -54,6 +54,10 @@ const lockPoll = 100 * time.Millisecond
 // flock takes the exclusive lock on path and gives what releases it. The lock dies with its process, whatever kills it.
 // waiting is called once if somebody else holds it, and then every second.
 func flock(ctx context.Context, path string, waiting func()) (unlock func(), err error) {
+	return lockFile(ctx, path, unix.LOCK_EX, waiting)
+}
+
+func lockFile(ctx context.Context, path string, how int, waiting func()) (unlock func(), err error) {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o644)
 	if err != nil {
 		return nil, err
@@ -61,7 +65,7 @@ func flock(ctx context.Context, path string, waiting func()) (unlock func(), err
 	tick := time.NewTicker(lockPoll)
 	defer tick.Stop()
 	for n := 0; ; n++ {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
 		switch {
 		case err == nil:
 			return func() { _ = f.Close() }, nil

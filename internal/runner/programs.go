@@ -146,14 +146,26 @@ func (r *runner) environment(ctx context.Context, app *flower.App, c *bundle.Con
 	defer closeLog()
 	var last job.EnvProgress
 	var at time.Time
-	return pyenv.Ensure(ctx, r.spec.Cache, in, lock, pyenv.Options{Log: log}, func(p pyenv.Progress) {
+	build := func(p pyenv.Progress) {
 		e := job.EnvProgress{Phase: p.Phase, Done: p.Done, Total: p.Total, Message: p.Message}
 		// A new phase at once, steps within one a few times a second.
 		if e.Phase != last.Phase || time.Since(at) > 300*time.Millisecond {
 			last, at = e, time.Now()
 			r.note(job.KindEnvProgress, e)
 		}
-	})
+	}
+	for {
+		env, err := pyenv.Ensure(ctx, r.spec.Cache, in, lock, pyenv.Options{Log: log}, build)
+		if err != nil {
+			return env, err
+		}
+		// For as long as this process lives. One that was just removed as unused is built again.
+		release, held, err := pyenv.Hold(ctx, env)
+		if held || err != nil {
+			r.held = release
+			return env, err
+		}
+	}
 }
 
 // environmentLog gives a function that appends what installers say to environment_log.txt. The file is made with the first

@@ -58,6 +58,7 @@ type runner struct {
 	journal *journal
 	desired *cell
 	end     context.CancelCauseFunc // ends the party's work
+	held    func()                  // releases the environment; never called, and kept so that the lock is
 	logs    *logs.Set               // of the party's programs
 	staged  snapshot                // hub's party: the app's files before its programs start
 	later   []func()                // what is done once the last word is written

@@ -13,6 +13,7 @@ import (
 
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/bundle"
+	"github.com/pergolafl/pergola/internal/keyed"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -24,6 +25,21 @@ func (a *Agent) bundleDir(digest string) string {
 }
 
 const partSuffix = ".part"
+
+// useBundle notes that a bundle is used now, so that it is not collected. It tells whether it is there.
+func (a *Agent) useBundle(dst string) (bool, error) {
+	unlock, err := keyed.File(bundleLock(a.dir), true)
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	now := time.Now()
+	err = os.Chtimes(dst, now, now)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil, err
+}
 
 // fetch gives the folder of the unpacked bundle. Jobs of one bundle fetch it once; those of others are not held up.
 func (p *part) fetch(ctx context.Context, digest string) (string, error) {
@@ -37,8 +53,7 @@ func (p *part) fetch(ctx context.Context, digest string) (string, error) {
 		return "", err
 	}
 	defer unlock()
-	now := time.Now()
-	if err := os.Chtimes(dst, now, now); !errors.Is(err, fs.ErrNotExist) { // used now, for the collector
+	if has, err := a.useBundle(dst); has || err != nil {
 		return dst, err
 	}
 	for try := 0; ; try++ {

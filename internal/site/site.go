@@ -47,6 +47,8 @@ type Config struct {
 	LogQuota job.Size          `toml:"log-quota"` // the most that is kept here of the logs of a part in a job; default: as the job says
 	Mark     string            `toml:"mark"`      // begins the marks of this agent's programs; default the site's name
 
+	Retention Retention `toml:"retention"` // for how long what no job needs is kept
+
 	// Resources are what the site has for jobs: cpus, memory ("64GiB"), gpus (a number, or ids), names of its own, and max-jobs.
 	// Undeclared CPUs and memory are what the machine has.
 	Resources map[string]any `toml:"resources,omitempty"`
@@ -168,6 +170,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer cancel() // before the waiting: the agent also ends by itself
 	wg.Go(func() { a.serveMonitor(ctx) })
 	wg.Go(func() { a.keepCertificate(ctx) })
+	wg.Go(func() { a.collects(ctx) })
 	bo := backoff.NewExponentialBackOff()
 	bo.InitialInterval, bo.MaxInterval = 50*time.Millisecond, 5*time.Second
 	for {
