@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -20,6 +21,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	human "github.com/dustin/go-humanize" //nolint:misspell // its own name
 	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -659,8 +661,70 @@ func printSummary(w io.Writer, s localrun.Summary) error {
 	if err := tw.Flush(); err != nil {
 		return err
 	}
-	return printRounds(w, s.Rounds)
+	if err := printRounds(w, s.Rounds); err != nil {
+		return err
+	}
+	return printClients(w, s.Clients)
 }
+
+// clientRows is how many rows of clients' numbers are printed; the summary has all.
+const clientRows = 40
+
+// printClients prints a row for each round, phase and site: what the site's replies had in them.
+func printClients(w io.Writer, all []job.ClientMetrics) error {
+	if len(all) == 0 {
+		return nil
+	}
+	rows := slices.Clone(all)
+	phases := []string{"train", "evaluate"}
+	order := func(p string) int { return (slices.Index(phases, p) + 3) % 3 } // others last
+	slices.SortStableFunc(rows, func(a, b job.ClientMetrics) int {
+		return cmp.Or(cmp.Compare(a.Round, b.Round), cmp.Compare(order(a.Phase), order(b.Phase)), strings.Compare(a.Phase, b.Phase), strings.Compare(a.Site, b.Site))
+	})
+	hidden := len(rows) - clientRows
+	if hidden > 0 {
+		rows = rows[hidden:]
+	}
+	names := map[string]bool{}
+	for _, r := range rows {
+		for n := range r.Values {
+			names[n] = true
+		}
+	}
+	cols := slices.Sorted(maps.Keys(names))
+	if len(cols) > clientColumns {
+		cols = cols[:clientColumns]
+	}
+	tw := tabwriter.NewWriter(w, 0, 4, 2, ' ', tabwriter.AlignRight)
+	fmt.Fprint(tw, "\nround\tphase\tsite\treplies\terrors\tseconds\tsent\treceived\t")
+	for _, n := range cols {
+		fmt.Fprintf(tw, "%s\t", n)
+	}
+	fmt.Fprintln(tw)
+	for _, r := range rows {
+		fmt.Fprintf(tw, "%d\t%s\t%s\t%d\t%d\t%.3g\t%s\t%s\t", r.Round, r.Phase, r.Site, r.Replies, r.Errors, r.Seconds.Mean, human.IBytes(uint64(r.SentBytes)), human.IBytes(uint64(r.ReceivedBytes)))
+		for _, n := range cols {
+			s, ok := r.Values[n]
+			switch {
+			case !ok:
+				fmt.Fprint(tw, "\t")
+			case s.Count == 1 || s.Min == s.Max:
+				fmt.Fprintf(tw, "%.6g\t", s.Mean)
+			default:
+				fmt.Fprintf(tw, "%.4g (%.4g – %.4g)\t", s.Mean, s.Min, s.Max)
+			}
+		}
+		fmt.Fprintln(tw)
+	}
+	if err := tw.Flush(); err != nil || hidden <= 0 {
+		return err
+	}
+	_, err := fmt.Fprintf(w, "%d rows before these, and all numbers, are in client_metrics of summary.json\n", hidden)
+	return err
+}
+
+// clientColumns is how many numbers of clients are printed beside one another.
+const clientColumns = 8
 
 // printRounds prints a row a round, a column for each metric of each phase.
 func printRounds(w io.Writer, rounds []localrun.RoundMetrics) error {

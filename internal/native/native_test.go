@@ -8,12 +8,15 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func fileConn(t testing.TB, f *os.File) *conn {
@@ -104,6 +107,7 @@ type world struct {
 	result chan error
 	deaths chan string
 	starts atomic.Int32
+	unread atomic.Bool // workers do not look into packs
 	mu     sync.Mutex
 	batch  []Batch
 }
@@ -153,7 +157,10 @@ func (w *world) client(isolation string, f fakeWorker) func(*conn) {
 				continue
 			}
 			for i, name := range m.Fds {
-				packs[name] = content(w.t, m.files[i])
+				packs[name] = ""
+				if !w.unread.Load() {
+					packs[name] = content(w.t, m.files[i])
+				}
 			}
 			m.close()
 			if _, ok := packs[m.Pack]; !ok && m.Pack != "" {
@@ -564,4 +571,58 @@ func TestServerThatSaysNonsense(t *testing.T) {
 			t.Errorf("%+v: %v", f.head, err)
 		}
 	}
+}
+
+// However many sites a large pack goes to, what this process holds of it is pieces.
+func TestMemoryOfLargePacks(t *testing.T) {
+	const size, sites = 96 << 20, 4
+	file, err := memFile("model")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	block := make([]byte, 1<<20)
+	for i := range size / len(block) {
+		for j := range block {
+			block[j] = byte(i + j)
+		}
+		if _, err := file.WriteAt(block, int64(i*len(block))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	back := func(_ *conn, f *frame, _ map[string]string) (*frame, bool) {
+		dup, err := unix.Dup(int(file.Fd()))
+		if err != nil {
+			return nil, false
+		}
+		return &frame{head: head{Pack: "c.1", Lens: f.Lens, Fds: []string{"c.1"}}, files: []*os.File{os.NewFile(uintptr(dup), "c.1")}}, true
+	}
+	w := newWorld(t, sites, 2, 1, Warm, back)
+	w.unread.Store(true)
+	runtime.GC()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for i, n := range w.nodes {
+		f := frame{head: head{T: tMsg, ID: fmt.Sprint(i), Node: n, TTL: 1000, Pack: "s.1", Lens: []int64{size}}}
+		if i == 0 {
+			f.Fds, f.files = []string{"s.1"}, []*os.File{file}
+		}
+		w.send(f)
+	}
+	for range w.nodes {
+		f := w.next(tReply)
+		got := f.file(f.Pack)
+		if got == nil || !same(got, file, size) {
+			t.Fatalf("the model came back as another: %+v", f.head)
+		}
+		closeFiles([]*os.File{got})
+		w.send(frame{head: head{T: tFree, Pack: f.Pack}})
+	}
+	runtime.ReadMemStats(&after)
+	grown := int64(after.HeapSys) - int64(before.HeapSys)
+	t.Logf("%d sites, a pack of %d MiB: %d MiB of heap, %d MiB allocated in all", sites, size>>20, grown>>20, (after.TotalAlloc-before.TotalAlloc)>>20)
+	if grown > 32<<20 {
+		t.Errorf("the heap has grown by %d MiB", grown>>20)
+	}
+	w.done()
 }

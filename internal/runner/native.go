@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
-	"slices"
 	"strings"
 	"time"
 
@@ -288,10 +287,14 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 	if workers == 0 {
 		workers = runtime.NumCPU()
 	}
+	workers = min(workers, clients)
 	loaded := make(chan struct{}) // closed when a worker has the app
 	devices := newDevices(r.spec.GPUs, spec.GPUsPerWorker)
+	if n := devices.workers(); n > 0 {
+		workers = min(workers, n)
+	}
 	site := native.NewSite(native.SiteOptions{
-		Name: r.spec.Party, Clients: clients, Workers: min(workers, clients), Isolation: isolation, Log: r.log,
+		Name: r.spec.Party, Clients: clients, Workers: workers, Isolation: isolation, Log: r.log,
 		App: native.StartApp{Dir: p.dir, Cwd: p.dir, Config: spec.RunConfig},
 		NodeConfig: func(i int) any {
 			return job.NodeConfig(spec.NodeConfigFor(r.spec.Party, first+i, spec.Partitions(r.spec.Count)))
@@ -390,6 +393,11 @@ func newDevices(ids []string, per float64) devices {
 	return devices{ids, per}
 }
 
+// workers gives how many workers the devices are for; 0 if there are none, or the site declares none.
+func (d devices) workers() int {
+	return min(int(float64(len(d.ids))/d.per+1e-9), 1<<16)
+}
+
 // env gives what tells a worker its devices: in turn, so that no device has more workers than another by more than one.
 func (d devices) env(slot int) []string {
 	if d.ids == nil {
@@ -402,7 +410,7 @@ func (d devices) env(slot int) []string {
 			mine = append(mine, d.ids[(slot*each+i)%n])
 		}
 	}
-	return []string{deviceEnv + "=" + strings.Join(slices.Compact(mine), ",")}
+	return []string{deviceEnv + "=" + strings.Join(mine, ",")}
 }
 
 // batch makes an event of what a site's replies had in them.
