@@ -21,6 +21,7 @@ import (
 	"github.com/pergolafl/pergola/internal/keyed"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/store"
 )
 
 // A bundle lies at the hub as it was packed, which is what sites are sent, and unpacked, which is what the hub's own runners
@@ -42,12 +43,12 @@ func (h *Hub) mayRead(ctx context.Context, digest string) error {
 	if err := checkDigest(digest); err != nil || who.Kind == pki.KindUser {
 		return err
 	}
-	js, err := h.unfinished(ctx)
+	js, err := h.openJobs(ctx, store.Filter{Bundle: digest})
 	if err != nil {
 		return err
 	}
 	for _, j := range js {
-		if j.Bundle == digest && slices.Contains(j.Spec.Sites, who.Name) {
+		if slices.Contains(j.Spec.Sites, who.Name) {
 			return nil
 		}
 	}

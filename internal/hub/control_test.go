@@ -40,6 +40,7 @@ func newRig(t *testing.T, s job.Spec) *rig {
 	})
 	h := &Hub{dir: dir, db: db, log: slog.New(slog.DiscardHandler), sites: map[string]*siteState{}, jobs: map[job.ID]*control{}}
 	h.sched = newScheduler(h)
+	h.wants = newWants(db, h.killing, h.log)
 	h.conf.Sites = []string{"a", "b"}
 	h.conf.SiteGrace = job.Duration(5 * time.Second)
 	if len(s.Sites) > 0 {
@@ -54,6 +55,15 @@ func newRig(t *testing.T, s job.Spec) *rig {
 	r := &rig{T: t, h: h, c: newControl(h, j.ID)}
 	r.c.runner = make(chan struct{}) // it was started
 	return r
+}
+
+// desired is what a site should be running, as soon as the hub has looked at what changed.
+func (r *rig) desired(site string) []*pb.DesiredParty {
+	r.Helper()
+	if err := r.h.wants.refresh(r.Context(), []job.ID{r.c.id}, false); err != nil {
+		r.Fatal(err)
+	}
+	return r.h.wants.of(site)
 }
 
 // step lets the scheduler and, once the job is active, its controller look until nothing is left to do at this moment; it gives when
@@ -487,10 +497,7 @@ func TestDesired(t *testing.T) {
 		r := newRig(t, job.Spec{})
 		want := func(site, what string) {
 			t.Helper()
-			ds, err := r.h.desired(t.Context(), site)
-			if err != nil {
-				t.Fatal(err)
-			}
+			ds := r.desired(site)
 			var got []string
 			for _, d := range ds {
 				got = append(got, fmt.Sprintf("%s %d/%d", strings.TrimPrefix(d.GetDesired().String(), "DESIRED_"), d.GetIndex(), d.GetCount()))

@@ -70,11 +70,19 @@ func enrolledOf(ctx context.Context) time.Time {
 
 // enrolled refuses a site that is not.
 func (h *Hub) enrolled(ctx context.Context, sites []string) error {
-	names, err := h.siteNames(ctx)
-	if err != nil {
-		return err
-	}
 	for _, n := range sites {
+		i, err := h.db.Identity(ctx, string(pki.KindSite), n)
+		unknown := problem.CodeOf(err) == problem.NotFound
+		if err != nil && !unknown {
+			return err
+		}
+		if i.Removed.IsZero() && (!i.Enrolled.IsZero() || slices.Contains(h.conf.Sites, n)) {
+			continue // the others need not be read
+		}
+		names, err := h.siteNames(ctx)
+		if err != nil {
+			return err
+		}
 		if !slices.Contains(names, n) {
 			return problem.New(problem.NotFound, "see the enrolled ones with: pergola sites", "no site is named %q%s", n, problem.DidYouMean(n, names))
 		}

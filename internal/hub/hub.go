@@ -82,6 +82,7 @@ type Hub struct {
 	locks keyed.Locks // of bundles, by digest, and of uploads, by path
 
 	sched   *scheduler
+	wants   *wants       // what each site should be running
 	changed store.Fanout // sites that came and went, under the job id ""
 	watched
 	guests guests
@@ -141,6 +142,7 @@ func Open(ctx context.Context, dir string, log *slog.Logger) (*Hub, error) {
 	h.measures = newMeasures()
 	h.db.Observe(h.measures.observer(h))
 	h.sched = newScheduler(h)
+	h.wants = newWants(h.db, h.killing, log)
 	return h, nil
 }
 
@@ -252,6 +254,7 @@ func (h *Hub) Run(ctx context.Context, listening func(net.Addr)) (err error) {
 	g.Go(func() error { return h.serveMonitor(ctx, m, mon) })
 	g.Go(func() error { return h.seeOut(ctx) })
 	g.Go(func() error { return h.keepCertificate(ctx) })
+	g.Go(func() error { h.wants.run(ctx, &h.changed); return nil })
 	listening(ln.Addr())
 	h.log.Info("the hub listens", "address", ln.Addr().String())
 	return g.Wait()
@@ -359,14 +362,18 @@ func (h *Hub) attend(ctx context.Context, wg *sync.WaitGroup, id job.ID) {
 
 // unfinished gives the jobs that are not over.
 func (h *Hub) unfinished(ctx context.Context) ([]job.Job, error) {
-	var states []job.State
+	return h.openJobs(ctx, store.Filter{})
+}
+
+// openJobs gives all jobs that are not over and that f chooses.
+func (h *Hub) openJobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
 	for _, s := range job.States() {
 		if !s.Terminal() {
-			states = append(states, s)
+			f.States = append(f.States, s)
 		}
 	}
+	f.Limit = 500
 	var out []job.Job
-	f := store.Filter{States: states, Limit: 500}
 	for {
 		js, err := h.db.Jobs(ctx, f)
 		if err != nil {

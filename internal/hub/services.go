@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"regexp"
 	"slices"
 	"strings"
@@ -358,12 +357,12 @@ func (s siteService) part(ctx context.Context, text string) (job.Job, string, er
 
 // hasPart tells whether a site's party in a job is alive.
 func (h *Hub) hasPart(ctx context.Context, j job.Job, site string) error {
-	ps, err := h.db.Parties(ctx, j.ID)
-	if err != nil {
-		return err
-	}
-	for _, p := range ps {
-		if p.Name == site && p.Holds() && !p.State.Terminal() && j.State.Active() {
+	if site != job.HubParty && j.State.Active() {
+		p, err := h.db.Party(ctx, j.ID, site)
+		if err != nil && problem.CodeOf(err) != problem.NotFound {
+			return err
+		}
+		if err == nil && p.Holds() && !p.State.Terminal() {
 			return nil
 		}
 	}
@@ -382,67 +381,20 @@ func (s siteService) WatchDesired(ctx context.Context, req *pb.WatchDesiredReque
 	if err := s.sawSite(ctx, name, req); err != nil {
 		return err
 	}
-	wake, cancel := s.db.Subscribe("")
-	defer cancel()
-	changed, cancel2 := s.changed.Subscribe("")
-	defer cancel2()
+	w := s.wants.watch(name)
+	defer w.close()
 	s.siteUp(name)
 	defer s.siteDown(name)
-	var last string
 	for {
-		var want []*pb.DesiredParty
-		if err := patiently(ctx, func() (err error) { want, err = s.desired(ctx, name); return err }); err != nil {
-			return err
-		}
-		if text := fmt.Sprint(want); text != last || last == "" {
-			if err := out.Send(&pb.WatchDesiredResponse{Parties: want}); err != nil {
-				return err
-			}
-			last = text
-		}
 		select {
-		case <-wake:
-		case <-changed:
+		case <-w.wake:
 		case <-ctx.Done():
 			return ctx.Err()
 		}
+		if err := out.Send(&pb.WatchDesiredResponse{Parties: s.wants.of(name)}); err != nil {
+			return err
+		}
 	}
-}
-
-// desired is what a site should be running, as the stored jobs say. A party that is not in it is to be gone.
-func (h *Hub) desired(ctx context.Context, site string) ([]*pb.DesiredParty, error) {
-	js, err := h.unfinished(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var out []*pb.DesiredParty
-	for _, j := range js {
-		i := slices.Index(j.Spec.Sites, site)
-		if i < 0 || !j.State.Active() && j.State != job.Stopping {
-			continue
-		}
-		ps, err := h.db.Parties(ctx, j.ID)
-		if err != nil {
-			return nil, err
-		}
-		at := slices.IndexFunc(ps, func(p job.Party) bool { return p.Name == site })
-		if at < 0 || ps[at].State.Terminal() || !ps[at].Allocated {
-			continue // what may be left of it is to be gone
-		}
-		spec, err := json.Marshal(j.Spec)
-		if err != nil {
-			return nil, err
-		}
-		d := pb.Desired_DESIRED_UP
-		if j.State == job.Stopping {
-			d = pb.Desired_DESIRED_STOP
-			if c := h.controller(j.ID); c != nil && c.killing() {
-				d = pb.Desired_DESIRED_KILL
-			}
-		}
-		out = append(out, &pb.DesiredParty{JobId: string(j.ID), Desired: d, BundleDigest: j.Bundle, Index: int32(i), Count: int32(len(j.Spec.Sites)), SpecJson: string(spec), Attempt: int32(ps[at].Attempt)})
-	}
-	return out, nil
 }
 
 // Report implements the API.

@@ -55,6 +55,12 @@ func serve(t *testing.T) *served {
 // serveAs is serve with more in hub.toml.
 func serveAs(t *testing.T, more Config) *served {
 	t.Helper()
+	return serveWith(t, more, func(*Hub) {})
+}
+
+// serveWith is serveAs with something to be done before the hub runs.
+func serveWith(t *testing.T, more Config, before func(*Hub)) *served {
+	t.Helper()
 	s := &served{T: t, dir: t.TempDir()}
 	var err error
 	if s.auth, err = pki.NewAuthority("test"); err != nil {
@@ -70,7 +76,10 @@ func serveAs(t *testing.T, more Config) *served {
 	if err := pki.SaveKeypair(s.dir, "hub", pair); err != nil {
 		t.Fatal(err)
 	}
-	more.Listen, more.Sites, more.Cache = "127.0.0.1:0", []string{"a", "b"}, t.TempDir()
+	more.Listen, more.Cache = "127.0.0.1:0", t.TempDir()
+	if len(more.Sites) == 0 {
+		more.Sites = []string{"a", "b"}
+	}
 	conf, err := toml.Marshal(more)
 	if err != nil {
 		t.Fatal(err)
@@ -81,6 +90,7 @@ func serveAs(t *testing.T, more Config) *served {
 	if s.hub, err = Open(t.Context(), s.dir, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
+	before(s.hub)
 	ctx, cancel := context.WithCancel(context.Background())
 	ready := make(chan net.Addr, 1)
 	done := make(chan error, 1)

@@ -22,6 +22,7 @@ type Filter struct {
 	States    []job.State // none = all
 	Submitter string      // "" = everybody's
 	Name      string      // "" = any
+	Bundle    string      // digest; "" = any
 	Prefix    string      // how the ID begins; "" = any
 	Limit     int         // 0 = DefaultLimit
 	After     job.ID      // the last job of the page before
@@ -110,6 +111,7 @@ type Store interface {
 	SetEngine(ctx context.Context, id job.ID, c job.EngineChoice, now time.Time) error
 
 	Parties(ctx context.Context, id job.ID) ([]job.Party, error)
+	Party(ctx context.Context, id job.ID, party string) (job.Party, error)
 	PartiesOf(ctx context.Context, ids []job.ID) (map[job.ID][]job.Party, error)
 	AddParty(ctx context.Context, id job.ID, site string) error
 	MoveParty(ctx context.Context, id job.ID, party string, to job.PartyState, cause *job.Cause, reason string, now time.Time) error
@@ -120,6 +122,7 @@ type Store interface {
 	PartySeq(ctx context.Context, id job.ID, party string) (int64, error)
 	Events(ctx context.Context, id job.ID, after int64, limit int) ([]job.Event, error)
 	Subscribe(id job.ID) (wake <-chan struct{}, cancel func())
+	Gather() *Gathering
 
 	Claim(ctx context.Context, id job.ID, owner string, until, now time.Time) (bool, error)
 	Release(ctx context.Context, id job.ID, owner string) error
@@ -156,8 +159,69 @@ type Store interface {
 
 // Fanout wakes whoever waits for something to be committed. The zero value is ready.
 type Fanout struct {
-	mu   sync.Mutex // guards the rest
-	subs map[job.ID]map[chan struct{}]struct{}
+	mu      sync.Mutex // guards the rest
+	subs    map[job.ID]map[chan struct{}]struct{}
+	gathers map[*Gathering]struct{}
+}
+
+// Gathering collects about which jobs something was committed, for whoever follows all of them: see [Fanout.Gather].
+type Gathering struct {
+	f    *Fanout
+	wake chan struct{}
+	ids  map[job.ID]struct{} // guarded by f.mu, as is all
+	all  bool
+}
+
+// Gather collects from now on about which jobs something is committed. Gather first and read then, so that nothing falls in between.
+func (f *Fanout) Gather() *Gathering {
+	g := &Gathering{f: f, wake: make(chan struct{}, 1), ids: map[job.ID]struct{}{}}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.gathers == nil {
+		f.gathers = map[*Gathering]struct{}{}
+	}
+	f.gathers[g] = struct{}{}
+	return g
+}
+
+// Wake holds a value when there is something to take.
+func (g *Gathering) Wake() <-chan struct{} { return g.wake }
+
+// Take gives the jobs of which there is news since the last Take, each once, and "" where there is news of something that is no
+// job's. All means that there may be news of any job.
+func (g *Gathering) Take() (ids []job.ID, all bool) {
+	g.f.mu.Lock()
+	defer g.f.mu.Unlock()
+	for id := range g.ids {
+		ids = append(ids, id)
+	}
+	all, g.all = g.all, false
+	clear(g.ids)
+	return ids, all
+}
+
+// Put gives back what was taken and could not be used. Nobody is woken by it.
+func (g *Gathering) Put(ids []job.ID, all bool) {
+	g.f.mu.Lock()
+	defer g.f.mu.Unlock()
+	for _, id := range ids {
+		g.ids[id] = struct{}{}
+	}
+	g.all = g.all || all
+}
+
+// Close ends the collecting.
+func (g *Gathering) Close() {
+	g.f.mu.Lock()
+	defer g.f.mu.Unlock()
+	delete(g.f.gathers, g)
+}
+
+func (g *Gathering) wakeLocked() {
+	select {
+	case g.wake <- struct{}{}:
+	default:
+	}
 }
 
 // Subscribe gives a channel that holds a value after something about job id ("" = any job) was
@@ -189,6 +253,10 @@ func (f *Fanout) Subscribe(id job.ID) (wake <-chan struct{}, cancel func()) {
 func (f *Fanout) Wake(id job.ID) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	for g := range f.gathers {
+		g.ids[id] = struct{}{}
+		g.wakeLocked()
+	}
 	for _, to := range []job.ID{id, ""} {
 		for c := range f.subs[to] {
 			select {
@@ -206,6 +274,10 @@ func (f *Fanout) Wake(id job.ID) {
 func (f *Fanout) WakeAll() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	for g := range f.gathers {
+		g.all = true
+		g.wakeLocked()
+	}
 	for _, subs := range f.subs {
 		for c := range subs {
 			select {

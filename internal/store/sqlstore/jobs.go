@@ -95,28 +95,22 @@ func (db *DB) Job(ctx context.Context, id job.ID) (job.Job, error) {
 	return j, err
 }
 
-// Jobs gives a page of jobs.
+// Jobs gives a page of jobs. There is an index for each thing that is asked for, so that a page costs the same in a table of any size.
 func (db *DB) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
-	q, args := "SELECT "+jobColumns+" FROM job WHERE 1 = 1", []any{}
-	if len(f.States) > 0 {
-		q += " AND state IN (?" + strings.Repeat(", ?", len(f.States)-1) + ")"
-		for _, s := range f.States {
-			args = append(args, s)
-		}
-	}
-	if !f.Ended.IsZero() {
-		q += " AND ended > ?"
-		args = append(args, nanos(f.Ended))
-	}
-	for _, w := range []struct{ column, value string }{{"submitter", f.Submitter}, {"name", f.Name}} {
+	where, args := "1 = 1", []any{}
+	for _, w := range []struct{ column, value string }{{"submitter", f.Submitter}, {"name", f.Name}, {"bundle", f.Bundle}} {
 		if w.value != "" {
-			q += " AND " + w.column + " = ?"
+			where += " AND " + w.column + " = ?"
 			args = append(args, w.value)
 		}
 	}
+	if !f.Ended.IsZero() {
+		where += " AND ended > ?"
+		args = append(args, nanos(f.Ended))
+	}
 	if f.Prefix != "" {
 		p := strings.ToLower(f.Prefix)
-		q += " AND id >= ? AND id < ?"
+		where += " AND id >= ? AND id < ?"
 		args = append(args, p, p+afterAll)
 	}
 	order, beyond := " ORDER BY id", " AND id > ?"
@@ -124,10 +118,22 @@ func (db *DB) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
 		order, beyond = " ORDER BY id DESC", " AND id < ?"
 	}
 	if f.After != "" {
-		q += beyond
+		where += beyond
 		args = append(args, f.After)
 	}
-	rows, err := db.query(ctx, q+order+" LIMIT ?", append(args, limit(f.Limit))...)
+	n := limit(f.Limit)
+	q, all := "SELECT "+jobColumns+" FROM job WHERE "+where, args
+	if len(f.States) > 0 {
+		// A page of each state, in the order of its index, and the first of all these: else all jobs of the states would be sorted.
+		var pages []string
+		all = nil
+		for i, s := range f.States {
+			pages = append(pages, fmt.Sprintf("SELECT id FROM (SELECT id FROM job WHERE state = ? AND %s%s LIMIT ?) AS s%d", where, order, i))
+			all = append(append(append(all, s), args...), n)
+		}
+		q = "SELECT " + jobColumns + " FROM job WHERE id IN (" + strings.Join(pages, " UNION ALL ") + ")"
+	}
+	rows, err := db.query(ctx, q+order+" LIMIT ?", append(all, n)...)
 	return collect(db, rows, err, "list jobs", scanJob)
 }
 
@@ -234,6 +240,19 @@ func (db *DB) Parties(ctx context.Context, id job.ID) ([]job.Party, error) {
 		return nil, noJob(id)
 	}
 	return ps, err
+}
+
+// Party gives one party of a job; not-found if it has none of that name.
+func (db *DB) Party(ctx context.Context, id job.ID, party string) (job.Party, error) {
+	p, err := one(ctx, db, "read a party", scanParty, "SELECT "+partyColumns+" FROM party WHERE job = ? AND name = ?", id, party)
+	if errors.Is(err, sql.ErrNoRows) {
+		return p, noParty(id, party)
+	}
+	return p, err
+}
+
+func noParty(id job.ID, party string) error {
+	return problem.New(problem.NotFound, "see its parties with: pergola show "+string(id), "job %s has no party %q", id, party)
 }
 
 // AddParty adds a site, absent, behind those that the job has. One that it has already stays as it is.
@@ -372,7 +391,7 @@ const partyColumns = "job, name, state, attempt, reason, cause, updated, allocat
 func (db *DB) party(ctx context.Context, tx *txn, id job.ID, party string) (job.Party, error) {
 	p, err := scanParty(tx.QueryRowContext(ctx, "SELECT "+partyColumns+" FROM party WHERE job = ? AND name = ?", id, party))
 	if errors.Is(err, sql.ErrNoRows) {
-		return p, problem.New(problem.NotFound, "see its parties with: pergola show "+string(id), "job %s has no party %q", id, party)
+		return p, noParty(id, party)
 	}
 	return p, err
 }

@@ -72,7 +72,10 @@ func testFilters(t *testing.T, open Opener) {
 	db := start(t, open)
 	var ids []job.ID
 	for i := range 12 {
-		j := submit(t, db, job.Job{ID: job.NewID(t0.Add(time.Duration(i) * time.Hour)), Name: []string{"cat", "dog", "Dog"}[i%3], Submitter: []string{"ada", "bob"}[i%2]})
+		j := submit(t, db, job.Job{
+			ID: job.NewID(t0.Add(time.Duration(i) * time.Hour)), Name: []string{"cat", "dog", "Dog"}[i%3], Submitter: []string{"ada", "bob"}[i%2],
+			Bundle: []string{"sha256:1", "sha256:2"}[i/6],
+		})
 		ids = append(ids, j.ID)
 	}
 	ok(t, db.Move(t.Context(), ids[1], job.Queued, nil, "", t0))
@@ -87,6 +90,12 @@ func testFilters(t *testing.T, open Opener) {
 		{store.Filter{Name: "dog"}, []int{1, 4, 7, 10}},
 		{store.Filter{Name: "dog", Submitter: "bob"}, []int{1, 7}},
 		{store.Filter{Name: "dog", Submitter: "bob", States: []job.State{job.Queued, job.Running}}, []int{1}},
+		{store.Filter{Bundle: "sha256:1", Name: "dog"}, []int{1, 4}},
+		{store.Filter{Bundle: "sha256:2", States: []job.State{job.Submitted}, Limit: 3}, []int{6, 7, 8}},
+		{store.Filter{Bundle: "sha256"}, nil},
+		{store.Filter{States: []job.State{job.Running, job.Queued, job.Submitted}, Limit: 3, After: ids[0]}, []int{1, 2, 3}},
+		{store.Filter{States: []job.State{job.Submitted, job.Queued}, Limit: 3, After: ids[3], Newest: true}, []int{2, 1, 0}},
+		{store.Filter{States: []job.State{job.Submitted, job.Submitted}, Limit: 2}, []int{0, 2}},
 		{store.Filter{Prefix: string(ids[3])}, []int{3}},
 		{store.Filter{Prefix: strings.ToUpper(string(ids[3]))}, []int{3}},
 		{store.Filter{Prefix: string(ids[3]), Name: "dog"}, nil},
@@ -643,5 +652,54 @@ func testManyWriters(t *testing.T, open Opener) {
 	close(stop)
 	if seen := <-done; len(seen) != 4*each+1 {
 		t.Errorf("the reader has seen %d events of %d", len(seen), 4*each+1)
+	}
+}
+
+func testGather(t *testing.T, open Opener) {
+	db := start(t, open)
+	g := db.Gather()
+	a, b := create(t, db, "s1"), create(t, db, "s1")
+	wait := func(want ...job.ID) {
+		t.Helper()
+		got := map[job.ID]bool{} // a database may tell of what is past as well
+		for slices.ContainsFunc(want, func(id job.ID) bool { return !got[id] }) {
+			select {
+			case <-g.Wake():
+			case <-time.After(10 * time.Second):
+				t.Fatalf("woken for %v only, want %q", got, want)
+			}
+			ids, all := g.Take()
+			if all {
+				t.Fatal("news of any job")
+			}
+			for i, id := range ids {
+				got[id] = true
+				if slices.Contains(ids[:i], id) {
+					t.Errorf("%s comes twice", id)
+				}
+			}
+		}
+	}
+	wait(a.ID, b.ID)
+	if p, err := db.Party(t.Context(), a.ID, "s1"); err != nil || p.Name != "s1" || p.State != job.PartyAbsent {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if _, err := db.Party(t.Context(), a.ID, "s2"); problem.CodeOf(err) != problem.NotFound {
+		t.Errorf("a party that it does not have: %v", err)
+	}
+	ok(t, db.MoveParty(t.Context(), a.ID, "s1", job.PartyPreparing, nil, "", t0))
+	wait(a.ID)
+	ok(t, db.MoveParty(t.Context(), a.ID, "s1", job.PartyPreparing, nil, "", t0)) // changes nothing
+	ok(t, db.SetReason(t.Context(), b.ID, "it waits"))
+	wait(b.ID)
+	g.Put([]job.ID{a.ID}, false)
+	g.Put(nil, true)
+	if ids, all := g.Take(); !all || !slices.Contains(ids, a.ID) {
+		t.Errorf("what was put back: %q, %v", ids, all)
+	}
+	g.Close()
+	ok(t, db.SetReason(t.Context(), b.ID, "it still waits"))
+	if ids, all := g.Take(); len(ids) > 0 || all {
+		t.Errorf("after its end: %q, %v", ids, all)
 	}
 }

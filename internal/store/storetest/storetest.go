@@ -49,6 +49,7 @@ func Run(t *testing.T, fresh func(t *testing.T) Opener) {
 		{"a reason follows what a job waits for", testReason},
 		{"sites become known later", testAddParty},
 		{"subscribers wake after commits, and only for their job", testSubscribe},
+		{"who gathers hears which jobs changed, each once", testGather},
 		{"no event is lost between a subscriber and many writers", testConcurrent},
 		{"bundles are noted once", testBundles},
 		{"a call whose context is over changes nothing", testContext},
