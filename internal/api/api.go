@@ -163,6 +163,10 @@ func NewGatedServer(log *slog.Logger, gate connect.ServerInterceptor, observe ..
 			if err != nil && ctx.Err() == nil {
 				log.Info("a call was refused", "procedure", spec.Procedure, "err", err)
 			}
+			if _, ok := errors.AsType[*problem.Error](err); !ok && ctx.Err() != nil && errors.Is(err, context.Canceled) {
+				// Its caller has gone and hears nothing of it; or this process ends, and takes its streams along.
+				err = errStopped
+			}
 			return toWire(err)
 		}
 	}}
@@ -172,10 +176,15 @@ func NewGatedServer(log *slog.Logger, gate connect.ServerInterceptor, observe ..
 	return connect.NewServer(within...)
 }
 
+var errStopped = problem.New(problem.HubUnreachable, "it is back in a moment if it was started again", "the hub has stopped")
+
 // outcome names how a call ended.
 func outcome(ctx context.Context, err error) string {
 	if err == nil {
 		return "ok"
+	}
+	if errors.Is(err, errStopped) {
+		return "canceled"
 	}
 	if _, ok := errors.AsType[*problem.Error](err); !ok && (ctx.Err() != nil || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)) {
 		return "canceled"

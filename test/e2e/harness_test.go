@@ -620,9 +620,12 @@ func (r *run) listened() []string {
 }
 
 // listening gives the TCP sockets of this machine that listen: inode → address as in /proc/net/tcp, decoded.
-func listening() map[string]string {
+func listening() map[string]string { return listeningOf("self") }
+
+// listeningOf does so for the network in which a process is.
+func listeningOf(pid string) map[string]string {
 	out := map[string]string{}
-	for _, name := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+	for _, name := range []string{"/proc/" + pid + "/net/tcp", "/proc/" + pid + "/net/tcp6"} {
 		b, err := os.ReadFile(name)
 		if err != nil {
 			continue // no IPv6 here
