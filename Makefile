@@ -100,12 +100,17 @@ soak: ## Run the whole table of faults, then every fuzz target and faults of the
 	tools/fuzz.sh $(SOAKTIME) $(filter-out ./...,$(PKG))
 
 .PHONY: bench
-bench: build needs ## Compare with plain Flower: the same app both ways, in turn (BENCH="--help")
+bench: build needs ## Compare with plain Flower, the same app both ways, in turn (BENCH="--help"); then bench-hub
 	$(GO) run ./test/bench --pergola bin/pergola $(BENCH)
+	$(if $(BENCH),,$(GO) run ./test/bench hub --pergola bin/pergola)
 
 .PHONY: bench-link
 bench-link: ## Measure the link beside TCP and TLS alone, and with 1,000 sites (BENCH="--help")
 	$(GO) run ./test/bench link $(BENCH)
+
+.PHONY: bench-hub
+bench-hub: build ## Measure a hub with 10, 100 and 1,000 sites and 10,000 queued jobs (BENCH="--help")
+	$(GO) run ./test/bench hub --pergola bin/pergola $(BENCH)
 
 .PHONY: parity
 parity: build needs ## Compare numbers with plain Flower, version by version (PARITY="--only 1.30.0"); writes docs/flower-versions.md

@@ -6,7 +6,7 @@
 // It builds each side's environment before it measures and does not count a first run of either. It
 // compares time, not numbers: that both give the same results is for the parity tests. `make bench` calls
 // it; start reading at [main], then plain.go and pergola.go. With "link" as its first argument it measures the
-// link alone, beside what limits it (link.go; `make bench-link`).
+// link alone, beside what limits it (link.go; `make bench-link`), with "hub" a hub with up to 1,000 sites (hub.go; `make bench-hub`).
 package main
 
 import (
@@ -47,6 +47,8 @@ func main() {
 	switch args := os.Args[1:]; {
 	case len(args) > 0 && args[0] == "link":
 		err = runLink(ctx, args[1:], os.Stdout, os.Stderr)
+	case len(args) > 0 && args[0] == "hub":
+		err = runHub(ctx, args[1:], os.Stdout, os.Stderr)
 	case len(args) > 0 && args[0] == hubChildName: // started by the one above
 		err = hubMain(ctx, args[1:], os.Stdout)
 	default:
