@@ -99,8 +99,8 @@ const settingsTail = `
 Without ` + "`min-sites`" + ` a job needs every wanted site, from the start to the end: one that fails or stays away ends it, with that site's
 [cause](causes.md). With ` + "`min-sites`" + ` lower than the number of wanted sites:
 
-* The job is prepared as soon as that many, and all ` + "`mandatory-sites`" + `, are connected and ` + "`join-wait`" + ` is over; at once when all are there. The
-  app starts in the same way, when that many are ready.
+* The job is prepared as soon as that many, and all ` + "`mandatory-sites`" + `, can take it ([scheduling](scheduling.md)) and ` + "`join-wait`" + ` is over; at once when
+  all can, or the others are drained. The app starts in the same way, when that many are ready.
 * A site that comes later, or whose environment takes longer, joins the job while it runs: its supernode registers at the superlink, and Flower's
   strategies choose among the nodes that are there when a round begins.
 * A site that fails, or whose agent stays away for longer than the hub's ` + "`site-grace`" + `, is gone, which a warning says. The job goes on while

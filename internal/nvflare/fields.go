@@ -55,7 +55,7 @@ func Fields() []Field {
 		{InMeta, "deploy_map", "", "sites", "the clients that are named, in small letters and with - for _ and .; none with @ALL", read},
 		{InMeta, "min_clients", "1", "min-sites", "how many sites must be ready, and go on when others fail; 1 stays unsaid, as the default is all", (*loader).minClients},
 		{InMeta, "mandatory_clients", "", "mandatory-sites", "by the sites' names here", (*loader).mandatory},
-		{InMeta, "resource_spec", "", "", "Pergola does not schedule by resources; say what a site's programs see in its own environment", nil},
+		{InMeta, "resource_spec", "", "", "it is not taken over: say what the job needs of a site in [tool.pergola.site.NAME.resources], or with --gpus", nil},
 		{InMeta, "launcher_spec", "", "", "a site's runner starts the programs as processes", nil},
 		{InMeta, "scope", "", "", "there are no privacy scopes: each site decides what it runs", nil},
 		{InMeta, "custom_props", "", "", "nothing in Pergola reads them", nil},
