@@ -191,8 +191,8 @@ func (w *wants) refreshAll(ctx context.Context) error {
 	}
 	if first {
 		w.mu.Lock()
-		for _, s := range w.sites {
-			s.wakeLocked()
+		for name := range w.sites {
+			w.wakeLocked(name)
 		}
 		w.mu.Unlock()
 	}
@@ -273,9 +273,8 @@ func (w *wants) putLocked(id job.ID, wj *wantedJob, d pb.Desired) {
 func (w *wants) replaceLocked(id job.ID, wj *wantedJob, parties map[string]*pb.DesiredParty) {
 	for name, p := range wj.parties {
 		if parties[name] == nil {
-			s := w.siteLocked(name)
-			delete(s.parties, id)
-			s.wakeLocked()
+			delete(w.siteLocked(name).parties, id)
+			w.wakeLocked(name)
 			w.tidyLocked(name)
 		} else if q := parties[name]; p.GetDesired() == q.GetDesired() && p.GetAttempt() == q.GetAttempt() {
 			parties[name] = p // the rest of it never changes
@@ -283,9 +282,8 @@ func (w *wants) replaceLocked(id job.ID, wj *wantedJob, parties map[string]*pb.D
 	}
 	for name, p := range parties {
 		if wj.parties[name] != p {
-			s := w.siteLocked(name)
-			s.parties[id] = p
-			s.wakeLocked()
+			w.siteLocked(name).parties[id] = p
+			w.wakeLocked(name)
 		}
 	}
 	wj.parties = parties
@@ -316,8 +314,12 @@ func (w *wants) tidyLocked(name string) {
 	}
 }
 
-func (s *wantedSite) wakeLocked() {
-	for t := range s.streams {
+// wakeLocked has a site be told, once all is known: with a part of it, it would end the rest.
+func (w *wants) wakeLocked(site string) {
+	if !w.loaded {
+		return
+	}
+	for t := range w.siteLocked(site).streams {
 		t.wakeUp()
 	}
 }

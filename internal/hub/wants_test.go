@@ -304,6 +304,20 @@ func TestWantsAreWhole(t *testing.T) {
 	default:
 	}
 	db.away.Store(false)
+	j, err := db.Job(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ps, err := db.Parties(t.Context(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.set(j, ps) // the first of several
+	select {
+	case <-s.wake:
+		t.Fatal("the site was told of one job while the others were not known")
+	default:
+	}
 	if err := w.refresh(t.Context(), nil, true); err != nil {
 		t.Fatal(err)
 	}
