@@ -32,9 +32,6 @@ import (
 	"github.com/pergolafl/pergola/internal/uplink"
 )
 
-// Protocol is the version of the control protocol between agents and hub.
-const Protocol = 1
-
 // MaxMessage is the largest message in bytes that either end accepts: chunks of bundles and logs are
 // 1 MiB at most, and a job's settings 1 MiB.
 const MaxMessage = 4 << 20
@@ -55,6 +52,7 @@ type Client struct {
 	Who     pergolav1connect.IdentityServiceClient
 	http    *http.Client
 	conns   *conns
+	asking  *asking
 }
 
 // NewClient calls the hub at addr, as package uplink takes it, by the way that the environment says. What is wrong with either
@@ -126,11 +124,12 @@ func (c *Client) Fresh() {
 func newClient(t func() *http.Transport, base string) *Client {
 	own := &conns{make: t, now: t()}
 	h := &http.Client{Transport: own}
-	c := connect.NewClient(connecthttp.NewTransport(h, base, connecthttp.WithReadMaxBytes(MaxMessage)), clientProblems)
+	say := &asking{}
+	c := connect.NewClient(connecthttp.NewTransport(h, base, connecthttp.WithReadMaxBytes(MaxMessage)), clientProblems, say.ask)
 	return &Client{
 		Jobs: pergolav1connect.NewJobServiceClient(c), Bundles: pergolav1connect.NewBundleServiceClient(c),
 		Sites: pergolav1connect.NewSiteServiceClient(c), Runner: pergolav1connect.NewRunnerServiceClient(c),
-		Who: pergolav1connect.NewIdentityServiceClient(c), http: h, conns: own,
+		Who: pergolav1connect.NewIdentityServiceClient(c), http: h, conns: own, asking: say,
 	}
 }
 
@@ -170,6 +169,7 @@ func NewGatedServer(log *slog.Logger, gate connect.ServerInterceptor, observe ..
 			return toWire(err)
 		}
 	}}
+	within = append(within, answer)
 	if gate != nil {
 		within = append(within, gate)
 	}
@@ -332,6 +332,6 @@ func stamp(t time.Time) *timestamppb.Timestamp {
 
 // NewEnrolClient calls the hub to which t connects as a newcomer.
 func NewEnrolClient(t *http.Transport) pergolav1connect.EnrolServiceClient {
-	c := connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: t}, "https://"+pki.HubName, connecthttp.WithReadMaxBytes(MaxMessage)), clientProblems)
+	c := connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: t}, "https://"+pki.HubName, connecthttp.WithReadMaxBytes(MaxMessage)), clientProblems, (&asking{}).ask)
 	return pergolav1connect.NewEnrolServiceClient(c)
 }

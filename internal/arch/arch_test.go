@@ -30,6 +30,7 @@ const (
 // layer has every package below internal/, named from there. A package imports lower layers only.
 var layer = map[string]int{
 	"arch":    0,
+	"compat":  0,
 	"keyed":   0,
 	"problem": 0,
 	"redact":  0,
@@ -91,6 +92,7 @@ var beside = map[string]bool{
 	"cli support":                   true, // as doctor
 	"support doctor":                true, // a bundle has what it finds
 	"cli doctor":                    true, // it looks at what every role has, and is a command
+	"compat problem":                true, // a refusal is one
 	"api job":                       true, // it has the wire's forms of what job has
 	"hub runner":                    true, // each starts runners and reads their journals;
 	"site runner":                   true, // a runner knows neither

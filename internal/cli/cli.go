@@ -5,7 +5,6 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -187,22 +186,6 @@ func exactArgs(n int, what string) cobra.PositionalArgs {
 }
 
 func version() string { return api.BuildVersion() }
-
-func newVersion(e env) *cobra.Command {
-	var asJSON bool
-	c := &cobra.Command{
-		Use: "version", Short: "Print the version", Args: exactArgs(0, "no argument"), Example: "  pergola version --json",
-		RunE: func(*cobra.Command, []string) error {
-			if asJSON {
-				return json.NewEncoder(e.stdout).Encode(map[string]string{"version": version()})
-			}
-			_, err := fmt.Fprintln(e.stdout, "pergola", version())
-			return err
-		},
-	}
-	c.Flags().BoolVar(&asJSON, "json", false, "as JSON")
-	return c
-}
 
 // untilSignal gives a context that ends with SIGINT or SIGTERM.
 func untilSignal(ctx context.Context) (context.Context, context.CancelFunc) {

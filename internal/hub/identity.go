@@ -8,6 +8,7 @@ import (
 	"connectrpc.com/connect/v2/connecthttp"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/pki"
@@ -162,7 +163,12 @@ func (s identityService) GetHub(ctx context.Context, _ *pb.GetHubRequest) (*pb.G
 		return nil, err
 	}
 	info, _ := connecthttp.ServerInfoForContext(ctx) // caller has looked
+	speaks := map[string]*pb.VersionRange{}
+	for name, r := range api.Protocols() {
+		speaks[name] = &pb.VersionRange{Min: int32(r.Min), Max: int32(r.Max)}
+	}
 	return &pb.GetHubResponse{
+		Version: api.BuildVersion(), Protocols: speaks,
 		Kind: string(who.Kind), Name: who.Name, Time: timestamppb.Now(),
 		CertificateEndTime: timestamppb.New(info.TLS().PeerCertificates[0].NotAfter),
 	}, nil

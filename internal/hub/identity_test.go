@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -573,5 +574,76 @@ func TestJobsOfARemovedSite(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { c.do(newRig(t, c.spec)) })
 		})
+	}
+}
+
+// Agents and users of other ages: the newest version that both ends speak is used; where there is none, both are named and who has to be
+// updated; and nothing that a later version adds to a message is in the way.
+func TestCallersOfOtherAges(t *testing.T) {
+	s := serve(t)
+	call := func(as pki.Identity, path, speaks, body string) (status int, answer, header string) {
+		t.Helper()
+		tr := &http.Transport{TLSClientConfig: s.tls(s.issued(as, pki.Grant{}), "http/1.1")}
+		defer tr.CloseIdleConnections()
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		req, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+s.addr+path, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", "application/json")
+		if strings.HasSuffix(path, "WatchDesired") { // a stream of JSON
+			req.Header.Set("Content-Type", "application/connect+json")
+			req.Body = io.NopCloser(strings.NewReader("\x00\x00\x00\x00" + string(rune(len(body))) + body))
+			req.ContentLength = -1
+		}
+		if speaks != "" {
+			req.Header.Set(api.ProtocolHeader, speaks)
+			req.Header.Set(api.BuildHeader, "v9.9.9")
+		}
+		res, err := tr.RoundTrip(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		b := make([]byte, 4096)
+		n, err := res.Body.Read(b) // of the stream its first message, or the refusal
+		if err != nil && !errors.Is(err, io.EOF) {
+			t.Fatal(err)
+		}
+		return res.StatusCode, string(b[:n]), res.Header.Get(api.ProtocolHeader)
+	}
+	const watch, list = "/pergola.v1.SiteService/WatchDesired", "/pergola.v1.JobService/ListJobs"
+	for _, c := range []struct {
+		name, path, speaks, body string
+		refused                  bool
+	}{
+		{"an agent of version 1", watch, "", `{"protocol":1}`, false},
+		{"an agent of this version", watch, api.Control.String(), `{"protocol":1}`, false},
+		{"a newer agent that knows this version", watch, "2-7", `{"protocol":7,"fieldOfVersion7":[{}]}`, false},
+		{"an agent that is too new", watch, "6-7", `{"protocol":7}`, true},
+		{"a user of version 1", list, "", `{}`, false},
+		{"a newer user that knows this version", list, "1-7", `{"fieldOfVersion7":{"x":1}}`, false},
+		{"a user that is too new", list, "7", `{}`, true},
+	} {
+		as := user
+		if c.path == watch {
+			as = siteA
+		}
+		status, answer, header := call(as, c.path, c.speaks, c.body)
+		if header != api.Control.String() {
+			t.Errorf("%s: the hub says that it speaks %q", c.name, header)
+		}
+		refusal := strings.Contains(answer, "none in common")
+		if refusal != c.refused || !c.refused && status != http.StatusOK {
+			t.Errorf("%s: %d %s", c.name, status, answer)
+		}
+		if c.refused && (!strings.Contains(answer, "the hub (pergola ") || !strings.Contains(answer, as.String()+" (pergola v9.9.9)") || !strings.Contains(answer, "update pergola at the hub")) {
+			t.Errorf("%s: both are to be named: %s", c.name, answer)
+		}
+	}
+	res, err := s.as(user).Who.GetHub(t.Context(), &pb.GetHubRequest{})
+	if err != nil || res.GetVersion() == "" || int(res.GetProtocols()["control"].GetMax()) != api.Control.Max || int(res.GetProtocols()["link"].GetMin()) != link.MinVersion || res.GetProtocols()["runner"] == nil {
+		t.Errorf("the hub tells of itself %v, %v", res, err)
 	}
 }

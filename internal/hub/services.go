@@ -375,9 +375,6 @@ func (s siteService) WatchDesired(ctx context.Context, req *pb.WatchDesiredReque
 	if err != nil {
 		return err
 	}
-	if req.GetProtocol() != api.Protocol {
-		return problem.New(problem.Version, "install the same version at both", "the hub speaks version %d of the control protocol, the agent of %s version %d", api.Protocol, name, req.GetProtocol())
-	}
 	if err := s.sawSite(ctx, name, req); err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pergolafl/pergola/internal/compat"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -107,15 +108,18 @@ func (a *Acceptor) welcome(ctx context.Context, conn net.Conn) (*Session, error)
 	if f.kind != frameHello {
 		return nil, fmt.Errorf("read the HELLO of %s: %w", peer.Site, errNotLink)
 	}
-	refuse := func(reason byte, err error) (*Session, error) {
-		_, werr := conn.Write(appendFrame(nil, refuseFrame(reason)))
+	refuseBy := func(r frame, err error) (*Session, error) {
+		_, werr := conn.Write(appendFrame(nil, r))
 		if werr == nil {
 			werr = ignoreClosed(conn.Close()) // in order, so that the reason arrives
 		}
 		return nil, errors.Join(fmt.Errorf("link of %s: %w", peer.Site, err), werr)
 	}
-	if f.version != Version {
-		return refuse(refuseVersion, versionProblem(f.version))
+	refuse := func(reason byte, err error) (*Session, error) {
+		return refuseBy(refuseFrame(reason).in(f.version), err)
+	}
+	if own := a.opts.speaks(); int(f.version) < own.Min || int(f.version) > own.Max {
+		return refuseBy(versionFrame(own), versionProblem(own, compat.Range{Min: int(f.version), Max: int(f.version)}))
 	}
 	g, err := f.greeting()
 	if err != nil {
@@ -126,27 +130,27 @@ func (a *Acceptor) welcome(ctx context.Context, conn net.Conn) (*Session, error)
 			return refuse(refusePeer, err)
 		}
 	}
-	known, mine, err := a.find(peer, g)
+	known, mine, err := a.find(peer, g, f.version)
 	if err != nil {
 		return refuse(reasonFor(err), err)
 	}
-	if _, err := conn.Write(appendFrame(nil, welcomeFrame(g.id, mine))); err != nil {
+	if _, err := conn.Write(appendFrame(nil, welcomeFrame(g.id, mine).in(f.version))); err != nil {
 		return nil, fmt.Errorf("welcome %s: %w", peer.Site, err)
 	}
 	var made *Session
 	if !g.resume {
 		began := time.Now()
-		if err := readStart(conn, g.id); err != nil {
+		if err := readStartIn(conn, g.id, f.version); err != nil {
 			return nil, fmt.Errorf("read the START of %s: %w", peer.Site, err)
 		}
 		if known == nil {
-			if made, err = a.begin(peer, g, time.Since(began)); err != nil {
+			if made, err = a.begin(peer, g, f.version, time.Since(began)); err != nil {
 				return nil, err
 			}
 			known = made
 		}
 		// From here on the other end may know the session.
-		if _, err := conn.Write(appendFrame(nil, startFrame(g.id))); err != nil {
+		if _, err := conn.Write(appendFrame(nil, startFrame(g.id).in(f.version))); err != nil {
 			return made, fmt.Errorf("start %s: %w", peer.Site, err)
 		}
 	}
@@ -171,9 +175,8 @@ func Refuse(conn net.Conn) error {
 	if err != nil {
 		return noEOF(err)
 	}
-	r := refuseFrame(refusePeer)
-	r.version = f.version // there is nothing in it that a version could change
-	if _, err := conn.Write(appendFrame(nil, r)); err != nil {
+	// There is nothing in it that a version could change.
+	if _, err := conn.Write(appendFrame(nil, refuseFrame(refusePeer).in(f.version))); err != nil {
 		return err
 	}
 	return ignoreClosed(conn.Close())
@@ -191,7 +194,7 @@ func reasonFor(err error) byte {
 
 // find gives the session of a HELLO, nil if it is to be made, and what the WELCOME says. A peer finds its own
 // session only, and only with its secret; whatever is wrong, it is told the same.
-func (a *Acceptor) find(peer Peer, g greeting) (*Session, position, error) {
+func (a *Acceptor) find(peer Peer, g greeting, version uint16) (*Session, position, error) {
 	a.mu.Lock()
 	s := a.last[peer]
 	a.mu.Unlock()
@@ -203,6 +206,9 @@ func (a *Acceptor) find(peer Peer, g greeting) (*Session, position, error) {
 	}
 	if !s.line.knows(g) {
 		return nil, position{}, fmt.Errorf("%w with this secret", errGone)
+	}
+	if s.line.speaksIn() != version {
+		return nil, position{}, fmt.Errorf("%w in version %d of the link", errGone, version)
 	}
 	mine, err := s.line.takeOver(g)
 	return s, mine, err
@@ -217,9 +223,9 @@ func (a *Acceptor) buffer() int {
 
 // begin makes the session of a HELLO. A connection of the same session that was faster wins: the other end has
 // given it up, and comes back.
-func (a *Acceptor) begin(peer Peer, g greeting, rtt time.Duration) (*Session, error) {
+func (a *Acceptor) begin(peer Peer, g greeting, version uint16, rtt time.Duration) (*Session, error) {
 	l := newLine(g.id, g.secret, peer, a.opts)
-	l.attempt, l.granted = g.attempt, uint64(a.buffer())
+	l.attempt, l.version, l.granted = g.attempt, version, uint64(a.buffer())
 	l.size(rtt)
 	a.mu.Lock()
 	old := a.last[peer]

@@ -7,6 +7,7 @@ import (
 	"net"
 	"time"
 
+	"github.com/pergolafl/pergola/internal/compat"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -48,6 +49,10 @@ func dial(ctx context.Context, d Dialer, l *line) (*Session, error) {
 		if ctx.Err() != nil {
 			return nil, problem.Wrap(context.Cause(ctx), problem.LinkLost, "", "the link was given up before it was made")
 		}
+		if errors.Is(err, errComeDown) {
+			l.opts.log().Info("link: the other end is older", "version", l.speaksIn())
+			continue // at once: each time the version is an older one
+		}
 		left := l.opts.Retry - time.Since(start)
 		if isFinal(err) || left <= 0 {
 			if way, ok := errors.AsType[pathError](err); ok {
@@ -84,6 +89,9 @@ func begin(d Dialer, l *line, c *connection) (*Session, error) {
 func jitter(d time.Duration) time.Duration {
 	return d/2 + rand.N(d/2) //nolint:gosec // a pause is no secret
 }
+
+// errComeDown says that the other end speaks an older version, which this end takes now.
+var errComeDown = errors.New("the other end speaks an older version")
 
 // isFinal tells that no further attempt can succeed.
 func isFinal(err error) bool {
@@ -169,17 +177,24 @@ func (l *line) greet(ctx context.Context, conn net.Conn) (*connection, error) {
 	if err := conn.SetDeadline(time.Now().Add(handshakeWait)); err != nil {
 		return lost(err)
 	}
-	hello := l.hello()
+	hello, version := l.hello(), l.speaksIn()
 	c := &connection{Conn: conn, attempt: hello.attempt, mine: hello.at}
-	if _, err := conn.Write(appendFrame(nil, helloFrame(hello))); err != nil {
+	if _, err := conn.Write(appendFrame(nil, helloFrame(hello).in(version))); err != nil {
 		return lost(err)
 	}
 	f, err := readFrame(conn)
 	switch {
 	case err != nil:
 		return lost(err)
-	case f.version != Version:
-		return nil, versionProblem(f.version)
+	case f.version != version:
+		theirs, ok := f.spoken()
+		if !ok {
+			theirs = compat.Range{Min: int(f.version), Max: int(f.version)}
+		}
+		if ok && l.comeDown(theirs) {
+			return nil, errComeDown
+		}
+		return nil, versionProblem(l.opts.speaks(), theirs)
 	case f.kind == frameRefuse && len(f.body) == 1:
 		return nil, refusal(f.body[0])
 	}
@@ -189,10 +204,10 @@ func (l *line) greet(ctx context.Context, conn net.Conn) (*connection, error) {
 	if !hello.resume {
 		// Not HELLO and WELCOME: between those the hub may have waited for its runner.
 		began := time.Now()
-		if _, err := conn.Write(appendFrame(nil, startFrame(l.id))); err != nil {
+		if _, err := conn.Write(appendFrame(nil, startFrame(l.id).in(version))); err != nil {
 			return lost(err)
 		}
-		if err := readStart(conn, l.id); err != nil {
+		if err := readStartIn(conn, l.id, version); err != nil {
 			return lost(err)
 		}
 		c.rtt = time.Since(began)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/pergolafl/pergola/internal/compat"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -15,9 +16,16 @@ import (
 // HELLO do; what comes behind them may change with [Version].
 const ALPN = "pergola-link/1"
 
-// Version is the protocol version that this end speaks. There is no range of versions: both ends of a job run
-// what their operators installed, and the refusal tells both what the other has.
-const Version = 2
+// Version is the newest version of the protocol that this end speaks, MinVersion the oldest. A session speaks one for as long as it
+// lives: the newest that both ends do. The dialling end begins with its newest; an accepting end that is older refuses that and names its
+// own, and the dialling end comes again with it.
+const (
+	Version    = 2
+	MinVersion = 2
+)
+
+// Versions is what this end speaks.
+var Versions = compat.Range{Min: MinVersion, Max: Version}
 
 // Limits of the frames that open a link, in bytes without their headers.
 const (
@@ -42,7 +50,7 @@ const (
 
 // Reasons in a REFUSE.
 const (
-	refuseVersion = 1 // the versions differ
+	refuseVersion = 1 // no such version: the head has the newest that the refuser speaks, the body behind the reason the oldest
 	refusePeer    = 2 // this peer has no business here
 	refuseGone    = 3 // this peer has no such session, or not with that secret
 	refuseClosed  = 4 // the session was closed in order
@@ -178,13 +186,15 @@ func startFrame(id sessionID) frame {
 	return frame{kind: frameStart, version: Version, body: id[:]}
 }
 
-// readStart reads the START of session id.
-func readStart(r io.Reader, id sessionID) error {
+// readStart reads the START of session id in this end's own version.
+func readStart(r io.Reader, id sessionID) error { return readStartIn(r, id, Version) }
+
+func readStartIn(r io.Reader, id sessionID, version uint16) error {
 	f, err := readFrame(r)
 	if err != nil {
 		return noEOF(err)
 	}
-	if f.kind != frameStart || f.version != Version || len(f.body) != idSize || sessionID(f.body) != id {
+	if f.kind != frameStart || f.version != version || len(f.body) != idSize || sessionID(f.body) != id {
 		return errNotLink
 	}
 	return nil
@@ -194,9 +204,32 @@ func refuseFrame(reason byte) frame {
 	return frame{kind: frameRefuse, version: Version, body: []byte{reason}}
 }
 
-func versionProblem(theirs uint16) error {
-	return problem.New(problem.Version, "install the same version of pergola at the hub and at every site",
-		"the other end of the link speaks link version %d, this end version %d", theirs, Version)
+// in gives the frame in another version. So far there is no difference but the number.
+func (f frame) in(version uint16) frame {
+	f.version = version
+	return f
+}
+
+// versionFrame refuses a HELLO of a version that an end does not speak that speaks own.
+func versionFrame(own compat.Range) frame {
+	return frame{kind: frameRefuse, version: uint16(own.Max), body: binary.BigEndian.AppendUint16([]byte{refuseVersion}, uint16(own.Min))}
+}
+
+// spoken gives what the end speaks that has refused a version; ok is false for any other frame. Ends that spoke one version alone
+// name no oldest.
+func (f frame) spoken() (r compat.Range, ok bool) {
+	if f.kind != frameRefuse || len(f.body) == 0 || f.body[0] != refuseVersion {
+		return compat.Range{}, false
+	}
+	r = compat.Range{Min: int(f.version), Max: int(f.version)}
+	if len(f.body) >= 3 {
+		r.Min = int(binary.BigEndian.Uint16(f.body[1:]))
+	}
+	return r, r.Valid()
+}
+
+func versionProblem(own, theirs compat.Range) error {
+	return compat.Refusal("link", compat.Side{Name: "this end of the link", Speaks: own}, compat.Side{Name: "the other end", Speaks: theirs})
 }
 
 // WritePreface tells the hub's runner who is at the other end of the connection that the hub is about to splice to

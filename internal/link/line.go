@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pergolafl/pergola/internal/compat"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -64,6 +65,7 @@ type line struct {
 	ended bool
 	err   error // why it ended; nil if in order
 
+	version     uint16 // that the session speaks; the dialling end may have to take an older one before it is established
 	attempt     uint32 // newest transport
 	established bool   // dialling end: the other end has the session
 	attached    bool   // there has been a transport
@@ -90,7 +92,7 @@ type line struct {
 }
 
 func newLine(id sessionID, secret [keySize]byte, peer Peer, opts Options) *line {
-	l := &line{id: id, secret: secret, peer: peer, opts: opts, buf: opts.Buffer}
+	l := &line{id: id, secret: secret, peer: peer, opts: opts, buf: opts.Buffer, version: uint16(opts.speaks().Max)}
 	if l.buf == 0 {
 		l.buf = DefaultBuffer
 	}
@@ -259,6 +261,26 @@ func (l *line) hello() greeting {
 	l.attempt++
 	at := l.tellLocked()
 	return greeting{id: l.id, secret: l.secret, attempt: l.attempt, resume: l.established, at: at}
+}
+
+// speaksIn gives the version of the session.
+func (l *line) speaksIn() uint16 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.version
+}
+
+// comeDown takes an older version that the other end, which refused the session's, speaks too; false if there is none, or the session is
+// established and has one.
+func (l *line) comeDown(theirs compat.Range) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	v, ok := l.opts.speaks().Common(theirs)
+	if !ok || l.established || v >= int(l.version) {
+		return false
+	}
+	l.version = uint16(v)
+	return true
 }
 
 // knows tells whether a HELLO has the session's secret.

@@ -23,6 +23,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/pergolafl/pergola/internal/compat"
 )
 
 const (
@@ -79,6 +81,15 @@ type Options struct {
 	OnOutage func(Outage)
 	// Log takes what nobody is there to be told: connections that never became a session. nil: nowhere.
 	Log *slog.Logger
+
+	speak compat.Range // tests play ends of other ages; zero: Versions
+}
+
+func (o Options) speaks() compat.Range {
+	if o.speak == (compat.Range{}) {
+		return Versions
+	}
+	return o.speak
 }
 
 // Outage is a time in which a session had no transport.

@@ -185,7 +185,7 @@ func TestRefusals(t *testing.T) {
 		})
 		defer wg.Wait()
 		_, err := Dial(t.Context(), func(context.Context) (net.Conn, error) { return near, nil }, Options{Retry: time.Hour})
-		if problem.CodeOf(err) != problem.Version || !strings.Contains(err.Error(), "version 7, this end version 2") {
+		if problem.CodeOf(err) != problem.Version || !strings.Contains(err.Error(), "version 2 of the link protocol, the other end version 7") {
 			t.Errorf("refused with %v", err)
 		}
 	})

@@ -35,6 +35,7 @@ type Handle struct {
 	client *api.Client
 	once   sync.Once
 	gone   <-chan struct{} // closed when the process is no more
+	other  error           // it speaks no version that this starter does, and cannot be talked to
 	silent atomic.Bool     // it was ended because it did not answer
 	exit   *string         // how it ended, written before gone is closed; nil for one that another process started
 }
@@ -52,6 +53,7 @@ func Start(dir string, spec Spec) (h *Handle, err error) {
 		// Not below dir: the paths of the sockets that Python makes there may have 107 bytes.
 		spec.Tmp = filepath.Join(os.TempDir(), "pergola-"+rand.Text()[:12])
 	}
+	spec.Starter = api.Runner
 	if err := writeFile(filepath.Join(dir, specFile), spec); err != nil {
 		return nil, err
 	}
@@ -96,7 +98,8 @@ func Start(dir string, spec Spec) (h *Handle, err error) {
 }
 
 // Attach finds the runner that was started in dir, by a starter that is gone. The runner may be gone as well: then Watch
-// gives what it has left, and ErrDied if its last word is missing.
+// gives what it has left, and ErrDied if its last word is missing. Of one that speaks no version that this Pergola does, Watch
+// says just that, and Keep ends it.
 func Attach(dir string) (*Handle, error) {
 	h := &Handle{dir: dir, client: api.NewRunnerClient(filepath.Join(dir, controlSock))}
 	b, err := os.ReadFile(filepath.Join(dir, runnerFile))
@@ -111,6 +114,7 @@ func Attach(dir string) (*Handle, error) {
 		return nil, err
 	}
 	h.tmp = spec.Tmp
+	_, h.other = h.id.spoken()
 	if boot := proc.BootID(); h.id.Boot != "" && boot != "" && h.id.Boot != boot {
 		h.id = identity{} // whatever has that pid now is somebody else's
 	}
@@ -127,6 +131,9 @@ func (h *Handle) Gone() <-chan struct{} { return h.gone }
 // Watch gives the journal's entries after seq, in order, each once, until the final one, whose giving ends it with nil.
 // ErrDied: the runner is gone and said no last word. Other errors are fn's or ctx's.
 func (h *Handle) Watch(ctx context.Context, seq int64, fn func(Entry) error) error {
+	if h.other != nil {
+		return fmt.Errorf("%w: %w", ErrDied, h.other)
+	}
 	bo := backoff.NewExponentialBackOff()
 	bo.InitialInterval, bo.MaxInterval = 5*time.Millisecond, time.Second
 	for {

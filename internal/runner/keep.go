@@ -10,6 +10,7 @@ import (
 	"github.com/cenkalti/backoff/v5"
 
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
+	"github.com/pergolafl/pergola/internal/problem"
 )
 
 // How long a runner may take to obey before its starter ends it: its programs have Grace, and it may wait 10 s for a
@@ -33,6 +34,9 @@ var errSilent = errors.New("it did not answer for half a minute")
 
 // HowDied says how a runner ended of which Keep gives err.
 func HowDied(err error) string {
+	if p, ok := errors.AsType[*problem.Error](err); ok && p.Code == problem.Version {
+		return "was started by a Pergola that is too different from this one, and was ended (" + p.Msg + ")"
+	}
 	if errors.Is(err, errSilent) {
 		return "did not answer for half a minute, as a process that is stopped (SIGSTOP) or hangs, and was ended"
 	}
@@ -68,6 +72,9 @@ func (h *Handle) Keep(ctx context.Context, seq int64, mark string, want *Want, f
 	wg.Go(func() { h.look(over) })
 	err := h.Watch(ctx, seq, fn)
 	if ctx.Err() == nil {
+		if h.other != nil {
+			h.Kill() // it cannot be told anything
+		}
 		select {
 		case <-h.gone:
 		case <-time.After(killPatience):

@@ -32,6 +32,7 @@ import (
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
+	"github.com/pergolafl/pergola/internal/compat"
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/logline"
@@ -78,6 +79,14 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	if spec.Tmp != "" {
 		defer func() { _ = os.RemoveAll(spec.Tmp) }() // the starter does it, too, if it is there
 	}
+	// The starter may be of another age: a binary that was replaced is what it starts.
+	starter := spec.Starter
+	if starter == (compat.Range{}) {
+		starter = compat.First
+	}
+	if _, ok := api.Runner.Common(starter); !ok {
+		return compat.Refusal("runner", compat.Side{Name: "this runner", Build: api.BuildVersion(), Speaks: api.Runner}, compat.Side{Name: "its starter", Speaks: starter})
+	}
 	leash, err := leash()
 	if err != nil {
 		return err
@@ -90,7 +99,7 @@ func Main(ctx context.Context, dir string, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	if err := writeFile(filepath.Join(dir, runnerFile), identity{os.Getpid(), start, proc.BootID()}); err != nil {
+	if err := writeFile(filepath.Join(dir, runnerFile), identity{Pid: os.Getpid(), Start: start, Boot: proc.BootID(), Speaks: &api.Runner, Build: api.BuildVersion()}); err != nil {
 		return err
 	}
 	j, err := openJournal(dir, spec.Job, spec.Party)

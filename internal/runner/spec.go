@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/pergolafl/pergola/internal/api"
+	"github.com/pergolafl/pergola/internal/compat"
 	"github.com/pergolafl/pergola/internal/job"
 )
 
@@ -84,6 +86,8 @@ type Spec struct {
 	// stays as it is; empty: the site has some, and none is for this party.
 	GPUs []string `json:"gpus"`
 
+	Starter compat.Range `json:"starter"` // what the starter speaks of the runner protocol; set by Start
+
 	Tmp  string `json:"tmp"`  // TMPDIR of the runner and its programs, removed with them; made by Start if empty
 	Mark string `json:"mark"` // in the environment of every program, so that none is overlooked
 }
@@ -118,6 +122,23 @@ type identity struct {
 	Pid   int    `json:"pid"`
 	Start uint64 `json:"start"`          // see proc.StartTime
 	Boot  string `json:"boot,omitempty"` // see proc.BootID; a start time counts from there
+
+	// Speaks is what the runner speaks of the runner protocol: its socket, its journal, its directory. Without it, version 1.
+	Speaks *compat.Range `json:"speaks,omitempty"`
+	Build  string        `json:"build,omitempty"` // of its Pergola
+}
+
+// spoken gives the version that this Pergola and the runner have in common, or the refusal.
+func (id identity) spoken() (int, error) {
+	theirs := compat.First
+	if id.Speaks != nil {
+		theirs = *id.Speaks
+	}
+	v, ok := api.Runner.Common(theirs)
+	if !ok {
+		return 0, compat.Refusal("runner", compat.Side{Name: "this pergola", Build: api.BuildVersion(), Speaks: api.Runner}, compat.Side{Name: "the runner", Build: id.Build, Speaks: theirs})
+	}
+	return v, nil
 }
 
 // writeFile replaces a file as a whole, durably.

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
@@ -30,6 +31,9 @@ var errRenewed = errors.New("there is another certificate")
 func (a *Agent) keepCertificate(ctx context.Context) {
 	a.cred.Keep(ctx, pki.Renewal{
 		Renew: func(ctx context.Context) (pki.Keypair, error) {
+			if v := a.client.Spoken(); v != 0 && v < api.Renewing {
+				return pki.Keypair{}, problem.New(problem.Version, "update the hub", "the hub speaks version %d of the control protocol, and renews no certificates", v)
+			}
 			ctx, cancel := context.WithTimeout(ctx, renewWait)
 			defer cancel()
 			k, err := pki.NewSigned(pki.Identity{Kind: pki.KindSite, Name: a.conf.Name}, a.cred.Pair().CAPEM, func(csr string) (string, string, error) {
