@@ -17,9 +17,7 @@ def import_package() -> None:
     if PACKAGE in sys.modules:
         return
     here = os.path.dirname(os.path.abspath(__file__))
-    spec = importlib.util.spec_from_file_location(
-        PACKAGE, os.path.join(here, "__init__.py"), submodule_search_locations=[here]
-    )
+    spec = importlib.util.spec_from_file_location(PACKAGE, os.path.join(here, "__init__.py"), submodule_search_locations=[here])
     if spec is None or spec.loader is None:
         raise ImportError(f"no package in {here}")
     package = importlib.util.module_from_spec(spec)

@@ -14,6 +14,7 @@ import math
 import os
 import socket
 import sys
+import tempfile
 import traceback
 import warnings
 from typing import Any
@@ -27,6 +28,30 @@ RUN, NODE = (1 << 61) + 5, (1 << 62) + 7
 SIZE = 40_000  # float32: enough to go beside the protobuf
 
 
+PROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "pergola_check"
+version = "1.0.0"
+description = ""
+license = "Apache-2.0"
+dependencies = []
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+[tool.flwr.app]
+publisher = "pergola"
+[tool.flwr.app.components]
+serverapp = "pergola_check:wrong"
+clientapp = "pergola_check:app"
+[tool.flwr.app.config]
+a = 1
+b.c = "y"
+d = 1.5
+"""
+
+
 class FailedError(Exception):
     """Something works, but not as it should."""
 
@@ -36,10 +61,10 @@ def main() -> int:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is printed on the way is no result
     warnings.simplefilter("ignore")
-    logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # an error is provoked
     said: dict[str, Any] = {"ok": False, "flwr": generations.version(), "protocol": PROTOCOL, "generation": ""}
     try:
-        gen = generations.installed()
+        gen = generations.installed("server", "client")
+        logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)  # an error is provoked
         said["generation"] = gen.name
         Check(gen).run()
         said["ok"] = True
@@ -74,6 +99,7 @@ class Check:
         """Check one thing after the other."""
         expect("the Grid's run", self.grid.run.run_id, RUN)
         expect("the Grid's nodes", list(self.grid.get_node_ids()), [NODE])
+        self.app()
         self.records()
         self.errors()
         self.legacy()
@@ -158,6 +184,23 @@ class Check:
         config = dict(dict(gen.config_records(content))["config"].items())
         expect(f"{what}: config", config, {"s": "x", "b": b"\x00\xff", "t": True, "i": -1, "l": ["a", "b"]})
 
+    def app(self) -> None:
+        """Read an app's settings and load it, by Flower's own functions."""
+        with tempfile.TemporaryDirectory(prefix="pergola-check-") as folder:
+            with open(os.path.join(folder, "pyproject.toml"), "w", encoding="utf-8") as f:
+                f.write(PROJECT)
+            with open(os.path.join(folder, "pergola_check.py"), "w", encoding="utf-8") as f:
+                f.write(f"from {self.gen.ClientApp.__module__} import ClientApp\napp = ClientApp()\nwrong = 7\n")
+            override, config = self.gen.settings(folder, ["a=2", "b.c='x'"])
+            expect("the overrides", override, {"a": 2, "b.c": "x"})
+            expect("the run's configuration", config, {"a": 2, "b.c": "x", "d": 1.5})
+            expect("the app", isinstance(self.gen.load(folder, "clientapp"), self.gen.ClientApp), True)
+            try:
+                self.gen.load(folder, "serverapp")
+            except self.gen.LoadServerAppError:
+                return
+            raise FailedError("what is no ServerApp was loaded as one")
+
     def records(self) -> None:
         """Each type of record there and back, small and large; state; node and run configuration."""
         gen = self.gen
@@ -179,7 +222,7 @@ class Check:
         app = gen.ClientApp()
         app.train()(call)
         worker = self.worker(app)
-        for at, size in enumerate(sizes):
+        for at, size in enumerate(sizes):  # noqa: B007 - call() looks at it
             reply, head = self.trip(worker, gen.new_message(RUN, self.content(size), "train", NODE, "1", None))
             self.same("what came back", reply.content, size)
             expect("whether the arrays went beside", "pack" in head, size > 1000)
@@ -228,7 +271,7 @@ class Check:
         if not modules:
             return
 
-        class Client(NumPyClient):  # type: ignore[misc]
+        class Client(NumPyClient):
             def fit(self, parameters: Any, config: Any) -> Any:
                 return [parameters[0] + config["by"]], 7, {"accuracy": 0.25}
 

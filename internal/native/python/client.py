@@ -41,7 +41,13 @@ class Worker:
     """A ClientApp of one run, loaded once, or why it could not be loaded."""
 
     def __init__(
-        self, gen: Generation, run_id: int, run_config: dict[str, Any], app: Any, prefix: str, failure: Exception | None = None
+        self,
+        gen: Generation,
+        run_id: int,
+        run_config: dict[str, Any],
+        app: Any,
+        prefix: str,
+        failure: Exception | None = None,
     ) -> None:
         self.gen = gen
         self.codec = Codec(gen)
@@ -116,7 +122,7 @@ class Worker:
         name = frame.head.get("pack")
         if name is None:
             return [], []
-        sizes = frame.head.get("lens")
+        sizes: list[int] = frame.head.get("lens") or []
         return sizes, self.read.get(name, sizes, frame.take(name))
 
     def _beside_state(self, frame: Frame) -> tuple[list[int], list[bytes]]:
@@ -167,7 +173,7 @@ def main() -> int:
     """Be a worker until the runner goes away."""
     link = Link.inherited()
     link.send(hello("client"))
-    gen = generations.installed()
+    gen = generations.installed("client")
     try:
         start = link.receive()
     except EOFError:

@@ -202,9 +202,7 @@ class Template:
 
     def _forget(self) -> list[str]:
         names = []
-        while len(self._held) > 1 and (
-            len(self._held) > FEW or sum(os.fstat(fd).st_size for fd in self._held.values()) > ROOM
-        ):
+        while len(self._held) > 1 and (len(self._held) > FEW or sum(os.fstat(fd).st_size for fd in self._held.values()) > ROOM):
             name, fd = self._held.popitem(last=False)
             os.close(fd)
             names.append(name)

@@ -21,6 +21,7 @@ ASIDE = 200  # where the socket is moved to
 
 _LENGTH = struct.Struct("<I")
 _INTS = array.array("i").itemsize
+_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # what an app starts is not to have our descriptors
 _TRUNCATED = getattr(socket, "MSG_CTRUNC", 0)
 
 
@@ -123,7 +124,7 @@ class Link:
         prefix = bytearray(_LENGTH.size)
         fds: list[int] = []
         try:
-            n, controls, flags, _ = self._sock.recvmsg_into([prefix], self._control)
+            n, controls, flags, _ = self._sock.recvmsg_into([prefix], self._control, _CLOEXEC)
             for level, kind, data in controls:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                     got = array.array("i")

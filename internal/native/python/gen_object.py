@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from . import gen_recorddict
-from .generations import exists, first, random_digest
+from .generations import first, random_digest
 
 
 def fits() -> bool:
     """Tell whether this generation is installed."""
-    return gen_recorddict.fits() and hasattr(first("Message", "flwr.app", "flwr.common"), "object_id") and exists("flwr.serverapp")
+    return gen_recorddict.fits() and hasattr(first("Message", "flwr.app", "flwr.common"), "object_id")
 
 
 class This(gen_recorddict.This):

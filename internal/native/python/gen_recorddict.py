@@ -12,7 +12,7 @@ from .generations import CRASHED, CRASHED_REASON, NODE_GONE, RAISED, Generation,
 
 def fits() -> bool:
     """Tell whether this generation is installed."""
-    return exists("flwr.common", "RecordDict", "ArrayRecord") and exists("flwr.server", "Grid")
+    return exists("flwr.common", "RecordDict", "ArrayRecord")
 
 
 class This(Generation):
@@ -30,15 +30,20 @@ class This(Generation):
         self.ArrayRecord = common.ArrayRecord
         self.MetricRecord = common.MetricRecord
         self.ConfigRecord = common.ConfigRecord
-        server = importlib.import_module("flwr.server")
-        self.ServerApp, self.Link = server.ServerApp, server.Grid
-        self.LoadServerAppError = first("LoadServerAppError", "flwr.server.server_app", "flwr.serverapp.server_app")
-        self.ClientApp = first("ClientApp", "flwr.clientapp", "flwr.client")
-        self.LoadClientAppError = first("LoadClientAppError", "flwr.clientapp.client_app", "flwr.client.client_app")
         serde = importlib.import_module("flwr.common.serde")
         self._warned = False
         self.content_to_proto = serde.recorddict_to_proto
         self.content_from_proto = serde.recorddict_from_proto
+
+    def for_server(self) -> None:
+        super().for_server()
+        self.Link = first("Grid", "flwr.serverapp", "flwr.server")
+        self.ServerApp = first("ServerApp", "flwr.serverapp", "flwr.server")
+        self.LoadServerAppError = first("LoadServerAppError", "flwr.serverapp.server_app", "flwr.server.server_app")
+
+    def for_client(self) -> None:
+        self.ClientApp = first("ClientApp", "flwr.clientapp", "flwr.client")
+        self.LoadClientAppError = first("LoadClientAppError", "flwr.clientapp.client_app", "flwr.client.client_app")
 
     def array_records(self, content: Any) -> list[Any]:
         return [r for _, r in sorted(content.array_records.items())]
@@ -69,10 +74,7 @@ class This(Generation):
         if not self._warned:
             self._warned = True
             warn = first("warn_deprecated_feature", "flwr.common.logger", "flwr.supercore.logger")
-            warn(
-                "`Driver.create_message` / `Grid.create_message` is deprecated."
-                "Use `Message` constructor instead."
-            )
+            warn("`Driver.create_message` / `Grid.create_message` is deprecated.Use `Message` constructor instead.")
         return self.Message(content, dst, message_type, ttl=ttl, group_id=group)
 
     def new_id(self) -> str:
@@ -93,7 +95,15 @@ class This(Generation):
         if code == CRASHED:
             return self.code("CLIENT_APP_CRASHED", RAISED), CRASHED_REASON, "node"
         if code == NODE_GONE:
-            return self.ErrorCode.NODE_UNAVAILABLE, self.text("NODE_UNAVAILABLE_ERROR_REASON", "Node Unavailable"), "server"
+            return (
+                self.ErrorCode.NODE_UNAVAILABLE,
+                self.text("NODE_UNAVAILABLE_ERROR_REASON", "Node Unavailable"),
+                "server",
+            )
         if code == self.ErrorCode.REPLY_MESSAGE_UNAVAILABLE:
             return code, self.text("REPLY_MESSAGE_UNAVAILABLE_ERROR_REASON", "Reply Message Unavailable"), "server"
-        return self.ErrorCode.MESSAGE_UNAVAILABLE, self.text("MESSAGE_UNAVAILABLE_ERROR_REASON", "Message Unavailable"), "server"
+        return (
+            self.ErrorCode.MESSAGE_UNAVAILABLE,
+            self.text("MESSAGE_UNAVAILABLE_ERROR_REASON", "Message Unavailable"),
+            "server",
+        )

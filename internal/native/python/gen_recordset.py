@@ -12,7 +12,7 @@ from .generations import CRASHED, CRASHED_REASON, NODE_GONE, RAISED, Generation,
 
 def fits() -> bool:
     """Tell whether this generation is installed."""
-    return exists("flwr.common", "RecordSet", "ParametersRecord") and exists("flwr.server", "Driver")
+    return exists("flwr.common", "RecordSet", "ParametersRecord")
 
 
 class This(Generation):
@@ -27,17 +27,22 @@ class This(Generation):
         self.ArrayRecord = common.ParametersRecord
         self.MetricRecord = common.MetricsRecord
         self.ConfigRecord = common.ConfigsRecord
-        server = importlib.import_module("flwr.server")
-        self.ServerApp, self.Link = server.ServerApp, server.Driver
-        self.LoadServerAppError = first("LoadServerAppError", "flwr.server.server_app")
-        self.ClientApp = importlib.import_module("flwr.client").ClientApp
-        self.LoadClientAppError = first("LoadClientAppError", "flwr.client.client_app")
         serde = importlib.import_module("flwr.common.serde")
         self.content_to_proto = serde.recordset_to_proto
         self.content_from_proto = serde.recordset_from_proto
         if not hasattr(self.ErrorCode, "MESSAGE_UNAVAILABLE"):  # to 1.12 or so, the SuperLink took everything
             self.refuses_unknown_nodes = self.answers_unknown_ids = False
             self.state_utils = "flwr.server.superlink.state.utils"
+
+    def for_server(self) -> None:
+        super().for_server()
+        server = importlib.import_module("flwr.server")
+        self.ServerApp, self.Link = server.ServerApp, server.Driver
+        self.LoadServerAppError = first("LoadServerAppError", "flwr.server.server_app")
+
+    def for_client(self) -> None:
+        self.ClientApp = importlib.import_module("flwr.client").ClientApp
+        self.LoadClientAppError = first("LoadClientAppError", "flwr.client.client_app")
 
     def array_records(self, content: Any) -> list[Any]:
         # By name: the protobuf has a map, which keeps no order.
@@ -113,10 +118,17 @@ class This(Generation):
         if code == CRASHED:
             return RAISED, CRASHED_REASON, "node"
         if not hasattr(self.ErrorCode, "MESSAGE_UNAVAILABLE"):  # to 1.12 there was one reason only
-            return self.code("NODE_UNAVAILABLE", 3), self.text("NODE_UNAVAILABLE_ERROR_REASON", "Node Unavailable"), "node"
+            return (
+                self.code("NODE_UNAVAILABLE", 3),
+                self.text("NODE_UNAVAILABLE_ERROR_REASON", "Node Unavailable"),
+                "node",
+            )
         if code == self.code("REPLY_MESSAGE_UNAVAILABLE", 4):
             return code, self.text("REPLY_MESSAGE_UNAVAILABLE_ERROR_REASON", "Reply Message Unavailable"), "server"
         if code == NODE_GONE and hasattr(self.ErrorCode, "NODE_UNAVAILABLE"):
             return code, self.text("NODE_UNAVAILABLE_ERROR_REASON", "Node Unavailable"), "server"
-        return self.ErrorCode.MESSAGE_UNAVAILABLE, self.text("MESSAGE_UNAVAILABLE_ERROR_REASON", "Message Unavailable"), "server"
-
+        return (
+            self.ErrorCode.MESSAGE_UNAVAILABLE,
+            self.text("MESSAGE_UNAVAILABLE_ERROR_REASON", "Message Unavailable"),
+            "server",
+        )

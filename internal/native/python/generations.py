@@ -7,8 +7,10 @@ have the same names.
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
+import gc
 import importlib
 import inspect
 import os
@@ -90,11 +92,26 @@ class Generation(ABC):
         self.message_to_proto: Callable[[Any], Any] = serde.message_to_proto
         self.message_from_proto: Callable[[Any], Any] = serde.message_from_proto
         self.PbMessage = importlib.import_module("flwr.proto.message_pb2").Message
-        self.config = importlib.import_module("flwr.common.config")
+        config = importlib.import_module("flwr.common.config")
+        self._parse_config_args = config.parse_config_args
+        self._fused_config = config.get_fused_config_from_dir
+        self._project_config = config.get_project_config
         self.ErrorCode = importlib.import_module("flwr.common.constant").ErrorCode
         self.server_id = getattr(importlib.import_module("flwr.common.constant"), "SUPERLINK_NODE_ID", 0)
         self.load_app = first("load_app", "flwr.common.object_ref", "flwr.supercore.object_ref")
+        self._texts: dict[str, str] = {}
         self._metadata_names = set(inspect.signature(self.Metadata.__init__).parameters)
+
+    # What only one of the roles needs is imported for that one: it takes a while.
+
+    @abstractmethod
+    def for_server(self) -> None:
+        """Find what a server needs."""
+        self._run = first("Run", *self.run_modules)
+
+    @abstractmethod
+    def for_client(self) -> None:
+        """Find what a worker needs."""
 
     # -- records and messages ---------------------------------------------------------------------------------
 
@@ -198,11 +215,13 @@ class Generation(ABC):
         """Give code and text of this generation for one of the newest's, and who is named as the sender: node, server."""
 
     def text(self, name: str, otherwise: str) -> str:
-        """Give one of the SuperLink's texts; importing them costs a moment, so only when they are needed."""
-        try:
-            return str(getattr(importlib.import_module(self.state_utils), name))
-        except Exception:  # noqa: BLE001 - the SuperLink may need what an app's environment lacks
-            return otherwise
+        """Give one of the SuperLink's texts, read off its source: importing it would bring half a database along."""
+        if name not in self._texts:
+            try:
+                self._texts[name] = _constant(self.state_utils, name)
+            except Exception:  # noqa: BLE001 - an error reply with a text of ours is better than none
+                self._texts[name] = otherwise
+        return self._texts[name]
 
     def code(self, name: str, otherwise: int) -> int:
         """Give the code of an error, or another where this generation lacks it."""
@@ -229,7 +248,7 @@ class Generation(ABC):
 
     def run(self, run_id: int, fab_id: str, fab_version: str, fab_hash: str, override: dict[str, Any]) -> Any:
         """Make the object that describes the run."""
-        cls = first("Run", *self.run_modules)
+        cls = self._run
         have = {
             "run_id": run_id,
             "fab_id": fab_id,
@@ -247,25 +266,36 @@ class Generation(ABC):
 
     def settings(self, app: str, words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Give the overrides, parsed, and the run's configuration, both as Flower makes them."""
-        override = self.config.parse_config_args(words or None)
-        return override, self.config.get_fused_config_from_dir(Path(app), override)
+        override = self._parse_config_args(words or None)
+        return override, self._fused_config(Path(app), override)
 
     def project(self, app: str) -> dict[str, Any]:
         """Give the app's pyproject.toml."""
-        return dict(self.config.get_project_config(app))
+        return dict(self._project_config(app))
 
     def load(self, app: str, component: str) -> Any:
         """Load an app by Flower's own loader, with Flower's own errors."""
         cls, error = (
-            (self.ServerApp, self.LoadServerAppError)
-            if component == "serverapp"
-            else (self.ClientApp, self.LoadClientAppError)
+            (self.ServerApp, self.LoadServerAppError) if component == "serverapp" else (self.ClientApp, self.LoadClientAppError)
         )
         ref = self.project(app)["tool"]["flwr"]["app"]["components"][component]
         loaded = self.load_app(ref, error, app)
         if not isinstance(loaded, cls):
             raise error(f"Attribute {ref} is not of type {cls}") from None
         return loaded
+
+
+def _constant(module: str, name: str) -> str:
+    """Give a constant of a module, without importing the module."""
+    root = os.path.dirname(str(importlib.import_module("flwr").__file__))
+    with open(os.path.join(root, *module.split(".")[1:]) + ".py", encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            names = dict(vars(importlib.import_module("flwr.common.constant")))
+            value = eval(compile(ast.Expression(node.value), module, "eval"), names)
+            return str(value)
+    raise LookupError(f"{module} has no {name}")
 
 
 def random_uuid() -> str:
@@ -281,8 +311,18 @@ def random_digest() -> str:
 MODULES = ("gen_task", "gen_object", "gen_recorddict", "gen_recordset")  # newest first
 
 
-def installed() -> Generation:
-    """Give the generation of Flower that is installed."""
+def installed(*roles: str) -> Generation:
+    """Give the generation of Flower that is installed, with what the roles, server and client, need of it."""
+    collects = gc.isenabled()
+    gc.disable()  # importing makes a great many objects that stay: looking through them costs a sixth of it
+    try:
+        return _find(roles)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _find(roles: tuple[str, ...]) -> Generation:
     if not exists("flwr.common", "Message", "Metadata", "Context", "Error", "DEFAULT_TTL"):
         raise UnknownGenerationError(f"{sys.executable} has no Flower, or one without flwr.common.Message")
     for name in MODULES:
@@ -290,14 +330,16 @@ def installed() -> Generation:
         if module.fits():
             try:
                 gen: Generation = module.This()
-            except (ImportError, AttributeError, TypeError) as e:
+                if "server" in roles:
+                    gen.for_server()
+                if "client" in roles:
+                    gen.for_client()
+            except (ImportError, AttributeError, TypeError, UnknownGenerationError) as e:
                 raise UnknownGenerationError(
                     f"flwr {version()} looks like generation {module.This.name!r}, but lacks something of it: {e}"
                 ) from e
             return gen
-    raise UnknownGenerationError(
-        f"flwr {version()} is of no generation that the native engine knows; use --engine flower"
-    )
+    raise UnknownGenerationError(f"flwr {version()} is of no generation that the native engine knows; use --engine flower")
 
 
 def version() -> str:

@@ -23,7 +23,7 @@ def main() -> int:
     """Run one ServerApp."""
     link = Link.inherited()
     link.send(hello("server"))
-    gen = generations.installed()
+    gen = generations.installed("server")
     try:
         start = link.receive()
     except EOFError:
@@ -54,7 +54,7 @@ def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
             status = e.code if isinstance(e.code, int) else 1
             if not isinstance(e.code, int):
                 print(e.code, file=sys.stderr)
-    except BaseException as e:  # noqa: BLE001 - all of it is the app's failure, told to the runner
+    except BaseException as e:
         logging.getLogger("flwr").error("%s raised an exception", "ServerApp", exc_info=e)
         text = "".join(traceback.format_exception(type(e), e, e.__traceback__))
         done.update(ok=False, error=f"{type(e).__name__}: {e}"[:LONGEST], exception=text[-LONGEST:])

@@ -19,7 +19,7 @@ from _pergola_native.frames import Frame, Link
 BOOT = Path(__file__).resolve().parent.parent / "boot.py"
 
 
-def start(role: str, env: dict[str, str] | None = None) -> tuple[subprocess.Popen[bytes], Link]:
+def start(role: str, env: dict[str, str] | None = None, command: list[str] | None = None) -> tuple[subprocess.Popen[bytes], Link]:
     """Start a process with one end of a socket pair as its descriptor 3."""
     ours, theirs = socket.socketpair()
     fd = theirs.fileno()
@@ -30,7 +30,7 @@ def start(role: str, env: dict[str, str] | None = None) -> tuple[subprocess.Pope
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment.update(env or {})
     p = subprocess.Popen(
-        [sys.executable, str(BOOT), role],
+        [sys.executable, *(command or [str(BOOT), role])],
         preexec_fn=place,
         pass_fds=[3],
         env=environment,
@@ -50,17 +50,31 @@ class Peer:
     output: bytearray = field(default_factory=bytearray)
     has: dict[str, str] = field(default_factory=dict)
     busy: str | None = None
+    over: bool = False  # it has answered the one message that it answers
     queue: deque[Frame] = field(default_factory=deque)
     ready: dict[str, Any] = field(default_factory=dict)
+    status: int = -1
 
     def __post_init__(self) -> None:
+        self.news, self.quiet = threading.Condition(), False
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         while chunk := os.read(self.process.stdout.fileno(), 1 << 16):
-            self.output += chunk
+            with self.news:
+                self.output += chunk
+                self.news.notify_all()
+        with self.news:
+            self.quiet = True
+            self.news.notify_all()
+
+    def wait_for(self, word: bytes) -> None:
+        """Wait until it has printed a word."""
+        with self.news:
+            assert self.news.wait_for(lambda: word in self.output or self.quiet, 60)
+            assert word in self.output, self.output
 
     def end(self) -> int:
         """Close the connection, wait for the process, and give its status."""
@@ -106,7 +120,7 @@ class Relay:
         self.forgot: list[str] = []
         self.server = Peer(*start("server", env))
         self.workers = [self._worker() for _ in range(workers)]
-        self.where = {n: i % workers for i, n in enumerate(self.nodes)}
+        self.where = {n: i % max(workers, 1) for i, n in enumerate(self.nodes)}
 
     def _worker(self) -> Peer:
         return Peer(*start("client", self.env))
@@ -114,7 +128,13 @@ class Relay:
     def _begin(self, peer: Peer) -> None:
         hello = peer.link.receive()
         assert hello.kind == "hello", hello
-        head: dict[str, Any] = {"t": "start", "run": self.run, "app": str(self.app), "config": self.config, "cwd": str(self.app.parent)}
+        head: dict[str, Any] = {
+            "t": "start",
+            "run": self.run,
+            "app": str(self.app),
+            "config": self.config,
+            "cwd": str(self.app.parent),
+        }
         if peer is self.server:
             head.update(nodes=self.nodes, task=1)
         else:
@@ -154,7 +174,7 @@ class Relay:
                                 on_reply(self, frame.head)
         finally:
             for p in [self.server, *self.workers]:
-                p.status = p.end()  # type: ignore[attr-defined]
+                p.status = p.end()
         for fd in [*self.packs.values(), *(fd for _, _, fd in self.state.values() if fd is not None)]:
             os.close(fd)
         return self.done
@@ -197,7 +217,7 @@ class Relay:
             self._pump(peer)
 
     def _pump(self, peer: Peer) -> None:
-        if peer.busy is not None or not peer.queue:
+        if peer.busy is not None or peer.over or not peer.queue:
             return
         frame = peer.queue.popleft()
         head = {k: v for k, v in frame.head.items() if k != "fds"}
@@ -251,8 +271,8 @@ class Relay:
         self.server.link.send(Frame(out, frame.proto, b"", fds))
         for fd in fds:
             os.close(fd)
-        if self.isolation != "process":  # then it ends now
-            self._pump(peer)
+        peer.over = self.isolation == "process"
+        self._pump(peer)
 
     def _free(self, name: str) -> None:
         owner = self.owner.pop(name)

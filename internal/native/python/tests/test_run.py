@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.common.constant import ErrorCode
-from relay import Relay
-
 from _pergola_native import generations
+from _pergola_native.frames import Frame
+from flwr.common.constant import ErrorCode
+from relay import Peer, Relay, start
 
 # To 1.12 or so, the SuperLink took messages for any node, and said nothing of ids that it did not know.
 KNOWS_UNKNOWN = hasattr(ErrorCode, "MESSAGE_UNAVAILABLE")
@@ -43,7 +44,24 @@ class Run:
 
 @pytest.fixture(scope="session")
 def warm() -> Run:
-    return Run(["about", "echo", "records", "many", "large", "big_state", "raises", "exits", "nothing", "hangs", "pulls", "unknown", "invalid", "threads"])
+    return Run(
+        [
+            "about",
+            "echo",
+            "records",
+            "many",
+            "large",
+            "big_state",
+            "raises",
+            "exits",
+            "nothing",
+            "hangs",
+            "pulls",
+            "unknown",
+            "invalid",
+            "threads",
+        ]
+    )
 
 
 def test_the_process_is_as_under_flower(warm: Run) -> None:
@@ -60,7 +78,9 @@ def test_the_process_is_as_under_flower(warm: Run) -> None:
 def test_what_an_app_is_told(warm: Run) -> None:
     about, relay = warm.said["about"], warm.relay
     assert sorted(about["nodes"]) == sorted(relay.nodes)
-    assert about["run"]["run_id"] == relay.run and about["run"]["fab_id"] == "acme/loop" and about["run"]["fab_version"] == "1.2.3"
+    assert (
+        about["run"]["run_id"] == relay.run and about["run"]["fab_id"] == "acme/loop" and about["run"]["fab_version"] == "1.2.3"
+    )
     assert about["run_id"] in (relay.run, None)
     assert about["run_config"]["number"] == 1 and about["run_config"]["nested.value"] == 7.5
     for reply in warm.said["echo"]:
@@ -81,7 +101,11 @@ def test_records_there_and_back(warm: Run) -> None:
     big = 50_000 * 49_999 / 2
     for reply in warm.said["records"]["first"] + warm.said["records"]["again"]:
         for sums in (reply["sums"], reply["seen"]["sums"]):
-            assert sums == {"a": [3.0, 0.0], "none": [], "z": [pytest.approx(big, rel=1e-6), pytest.approx(2 * big, rel=1e-6)]}
+            assert sums == {
+                "a": [3.0, 0.0],
+                "none": [],
+                "z": [pytest.approx(big, rel=1e-6), pytest.approx(2 * big, rel=1e-6)],
+            }
         assert reply["seen"]["metrics"] == {"m0": {}, "m1": {"x": 1, "y": [0.5, 1.5]}}
         assert reply["metrics"] == {"m": {"loss": "0.5", "n": "3", "bad": "nan", "far": "-inf", "list": "[1.0, 2.0]"}}
         assert reply["flag"] is True and reply["bytes"] == [0, 255]
@@ -139,7 +163,10 @@ def test_pushing_and_pulling(warm: Run) -> None:
     assert pulls["zero"] == [] and pulls["empty"] == []
     if not KNOWS_UNKNOWN:
         assert pulls["again"] == pulls["never"] == []
-    for reply, asked in [*zip(pulls["again"], pulls["ids"]), *zip(pulls["never"], ["11111111-1111-1111-1111-111111111111"])]:
+    for reply, asked in [
+        *zip(pulls["again"], pulls["ids"]),
+        *zip(pulls["never"], ["11111111-1111-1111-1111-111111111111"]),
+    ]:
         assert reply["error"][0] == 3 and reply["error"][1].startswith("Error: Message Unavailable - ")
         assert reply["reply_to"] == asked and reply["src"] == reply["dst"] == warm.said["about"]["node_id"]
     assert warm.said["invalid"] == "Invalid message:"
@@ -201,7 +228,10 @@ def test_an_app_that_dies(isolated: Run) -> None:
         assert [r["seen"]["count"] for r in died["after"]] == [count] * len(isolated.relay.nodes), what
     if isolated.relay.isolation == "fork":
         assert isolated.relay.replaced == 0
-        assert sorted(h["died"] for h in isolated.relay.replies if "died" in h) == ["it exited with 7"] * 2 + ["it was ended by SIGSEGV"] * 2
+        assert (
+            sorted(h["died"] for h in isolated.relay.replies if "died" in h)
+            == ["it exited with 7"] * 2 + ["it was ended by SIGSEGV"] * 2
+        )
     else:
         assert isolated.relay.replaced == 2
 
@@ -218,3 +248,99 @@ def test_forked_messages_otherwise(forked: Run) -> None:
         for name in ("daemon", "self"):
             with pytest.raises(ProcessLookupError):
                 os.kill(int(float(reply["metrics"]["m"][name])), 0)
+
+
+def test_the_legacy_api() -> None:
+    """DefaultWorkflow with strategies, SecAgg+, mods and differential privacy, and with a client that fails."""
+    relay = Relay(LOOP.parent / "legacy", 3, 2, "warm", ["modes='plain,asks,fails,adam,secagg,dp,central'"])
+    done = relay.go()
+    assert done.get("ok"), relay.text()
+    said = results(relay)
+
+    def losses(mode: str) -> list[float]:
+        return [loss for _, loss in said[mode]["loss"]]
+
+    # Three clients of equal weight add 1, 2 and 3.
+    for mode in ("plain", "asks"):
+        assert losses(mode) == pytest.approx([2, 4], rel=1e-6), mode
+        assert said[mode]["fit"] == {"partitions": [[1, 3], [2, 3]]}
+    assert losses("fails") == pytest.approx([2, 4], rel=1e-6)  # 1 and 3
+    assert said["fails"]["fit"] == {"partitions": [[1, 2], [2, 2]]}
+    assert losses("secagg") == pytest.approx([2, 4], abs=1e-2)  # quantised
+    assert all(0 < loss < 1 for loss in losses("adam"))
+    clipped = 0.5 / 30_000**0.5  # a step of norm 0.5 in each coordinate
+    assert losses("dp") == pytest.approx([clipped, 2 * clipped], rel=1e-3)
+    assert losses("central") == pytest.approx([clipped, 2 * clipped], rel=1e-3)
+    errors = [h["error"] for h in relay.replies if "error" in h]
+    assert errors == [{"code": 2, "reason": "<class 'ValueError'>:<'no data'>"}] * 2
+    evaluated = [h["numbers"] for h in relay.replies if h["type"] == "evaluate"]
+    assert all(set(n) == {"loss", "num_examples", "nan"} and n["nan"] == "NaN" for n in evaluated)
+    assert {h["round"] for h in relay.replies if "round" in h} == {0, 1, 2}  # 0: the first parameters are asked for
+
+
+# -- how a server ends --------------------------------------------------------------------------------------------
+
+
+def alone(scenario: str, *words: str) -> Relay:
+    """Run a server that has no nodes."""
+    relay = Relay(LOOP, 0, 0, "warm", [f'scenarios="{scenario}"', *words])
+    relay.go()
+    return relay
+
+
+def test_a_server_that_raises() -> None:
+    relay = alone("about,raise_here")
+    assert not relay.done["ok"] and relay.done["error"] == "LookupError: the server was asked to"
+    assert 'raise LookupError("the server was asked to")' in relay.done["exception"]
+    assert relay.server.status == 1 and "ServerApp raised an exception" in relay.text()
+
+
+def test_a_server_that_exits() -> None:
+    relay = alone("exit_here")
+    assert not relay.done["ok"] and relay.done["error"] == "SystemExit: 5" and relay.server.status == 5
+
+
+def test_configuration_that_cannot_be_read() -> None:
+    relay = alone("about", "number=[")
+    assert not relay.done["ok"] and relay.done["error"]
+
+
+def test_a_client_app_that_cannot_be_loaded(tmp_path: Path) -> None:
+    app = tmp_path / "app"
+    shutil.copytree(LOOP, app)
+    (app / "loop" / "client.py").write_text("from flwr.client import ClientApp\nnot_app = ClientApp()\n")
+    relay = Relay(app, 1, 1, "fork", ['scenarios="echo"'])
+    assert relay.go()["ok"], relay.text()
+    assert results(relay)["echo"][0]["error"] == [1, "An exception was raised when attempting to load `ClientApp`"]
+    assert "Unable to load attribute app" in relay.workers[0].ready["error"]
+
+
+@pytest.mark.parametrize("scenario", ["forever", "stubborn"])
+def test_a_runner_that_goes_away(scenario: str) -> None:
+    """The app hears of it where it waits; where it does not listen it is ended."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(LOOP.parents[2])!r}); import boot; boot.import_package(); "
+        f"from _pergola_native import server; server.GRACE = {30 if scenario == 'forever' else 0.05}; sys.exit(server.main())"
+    )
+    process, link = start("server", command=["-c", code])
+    peer = Peer(process, link)
+    assert link.receive().kind == "hello"
+    link.send(
+        Frame(
+            {
+                "t": "start",
+                "run": 1,
+                "task": 1,
+                "app": str(LOOP),
+                "config": [f"scenarios='{scenario}'"],
+                "nodes": [5],
+                "cwd": str(LOOP),
+            }
+        )
+    )
+    peer.wait_for(b"WAITING")
+    if scenario == "forever":
+        while link.receive().kind != "msg":
+            pass
+    assert peer.end() == (1 if scenario == "forever" else 70)
+    assert (b"GONE RunnerGoneError" in peer.output) == (scenario == "forever")

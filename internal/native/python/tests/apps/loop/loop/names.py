@@ -8,7 +8,7 @@ MetricRecord = getattr(fc, "MetricRecord", None) or fc.MetricsRecord
 ConfigRecord = getattr(fc, "ConfigRecord", None) or fc.ConfigsRecord
 Array = getattr(fc, "Array", None)
 if Array is None:
-    from flwr.common.record import Array  # noqa: F401
+    from flwr.common.record import Array
 
 
 def kinds(content):

@@ -85,7 +85,11 @@ class Scenarios:
         )
         first = [told(r) for r in self.grid.send_and_receive([self.message(n, content=content) for n in self.nodes])]
         again = [told(r) for r in self.grid.send_and_receive([self.message(n, content=content) for n in self.nodes])]
-        return {"first": first, "again": again, "unchanged": [float(a.numpy().sum()) for a in kinds(content)[0]["z"].values()]}
+        return {
+            "first": first,
+            "again": again,
+            "unchanged": [float(a.numpy().sum()) for a in kinds(content)[0]["z"].values()],
+        }
 
     def many(self):
         """2,000 arrays of 4 KiB."""
@@ -98,15 +102,22 @@ class Scenarios:
 
     def large(self):
         """100 MB to each node twice."""
-        content = make(arrays={"w": array_record({"0": np.ones(25_000_000, dtype=np.float32)})}, configs={"do": ConfigRecord({"what": "echo"})})
+        content = make(
+            arrays={"w": array_record({"0": np.ones(25_000_000, dtype=np.float32)})},
+            configs={"do": ConfigRecord({"what": "echo"})},
+        )
         out = []
         for _ in range(2):
-            out += [told(r)["sums"]["w"][0] for r in self.grid.send_and_receive([self.message(n, content=content) for n in self.nodes])]
+            out += [
+                told(r)["sums"]["w"][0]
+                for r in self.grid.send_and_receive([self.message(n, content=content) for n in self.nodes])
+            ]
         return out
 
     def big_state(self):
         content = make(
-            arrays={"w": array_record({"0": np.ones(100_000, dtype=np.float32)})}, configs={"do": ConfigRecord({"what": "big-state"})}
+            arrays={"w": array_record({"0": np.ones(100_000, dtype=np.float32)})},
+            configs={"do": ConfigRecord({"what": "big-state"})},
         )
         first = [told(r) for r in self.grid.send_and_receive([self.message(n, content=content) for n in self.nodes])]
         return [r["seen"]["count"] for r in first + self.ask()[0] + self.ask()[0]]
@@ -119,6 +130,9 @@ class Scenarios:
 
     def dies(self):
         return {w: {"replies": self.ask(w)[0], "after": self.echo()} for w in ("_exit", "segfault")}
+
+    def load(self):
+        return self.ask()[0]
 
     def leaves(self):
         return self.ask("leaves")[0]
@@ -144,7 +158,11 @@ class Scenarios:
         ids = list(self.grid.push_messages([self.message(n, kind="query") for n in self.nodes]))
         got = []
         while len(got) < len(ids):
-            got += list(self.grid.pull_messages(ids[::-1]) if not got else self.grid.pull_messages([i for i in ids if i not in {told(g)["reply_to"] for g in got}]))
+            got += list(
+                self.grid.pull_messages(ids[::-1])
+                if not got
+                else self.grid.pull_messages([i for i in ids if i not in {told(g)["reply_to"] for g in got}])
+            )
             time.sleep(0.001)
         return {
             "ids": ids,
@@ -174,7 +192,10 @@ class Scenarios:
         out, lock = [], threading.Lock()
 
         def one(i):
-            replies = [told(r) for r in self.grid.send_and_receive([self.message(self.nodes[i % len(self.nodes)], group=str(i))], timeout=30)]
+            replies = [
+                told(r)
+                for r in self.grid.send_and_receive([self.message(self.nodes[i % len(self.nodes)], group=str(i))], timeout=30)
+            ]
             with lock:
                 out.append([i, [r["group"] for r in replies]])
 
@@ -182,6 +203,28 @@ class Scenarios:
         [t.start() for t in ts]
         [t.join() for t in ts]
         return sorted(out)
+
+    def speed(self):
+        """Seconds for some messages: small ones, and 100 MB there and back, the same and new ones in turn."""
+        n = int(self.context.run_config["number"])
+        small = make(
+            arrays={"w": array_record({"0": np.ones(10, dtype=np.float32)})},
+            configs={"do": ConfigRecord({"what": "echo"})},
+        )
+        begun = time.perf_counter()
+        for _ in range(n):
+            list(self.grid.send_and_receive([self.message(node, content=small) for node in self.nodes]))
+        out = {"small": (time.perf_counter() - begun) / max(n, 1) / len(self.nodes)}
+        for i in range(int(os.environ.get("LARGE", "0"))):
+            large = make(
+                arrays={"w": array_record({"0": np.full(25_000_000, i, dtype=np.float32)})},
+                configs={"do": ConfigRecord({"what": "return"})},
+            )
+            for again in ("new", "again"):
+                begun = time.perf_counter()
+                list(self.grid.send_and_receive([self.message(node, content=large) for node in self.nodes]))
+                out.setdefault(again, []).append(round((time.perf_counter() - begun), 4))
+        return out
 
     def raise_here(self):
         raise LookupError("the server was asked to")
