@@ -86,7 +86,7 @@ func (r *rig) step() time.Duration {
 
 // once lets both look once.
 func (r *rig) once() (over bool, next time.Duration, err error) {
-	r.h.sched.stale = true
+	r.h.sched.stale.Store(true)
 	turn, err := r.h.sched.turn(r.Context())
 	if err != nil || !r.job().State.Active() && !r.job().State.Terminal() {
 		return false, turn, err

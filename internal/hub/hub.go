@@ -319,7 +319,7 @@ func (h *Hub) control(ctx context.Context) error {
 		select {
 		case <-wake:
 		case <-changed:
-			h.sched.stale = true
+			h.sched.stale.Store(true)
 		case <-t.C:
 		case <-ctx.Done():
 		}
@@ -407,6 +407,7 @@ func (h *Hub) siteUp(name string) {
 	}
 	h.mu.Unlock()
 	h.log.Info("a site is connected", "site", name)
+	h.sched.stale.Store(true)
 	h.changed.Wake("")
 }
 
@@ -419,6 +420,7 @@ func (h *Hub) siteDown(name string) {
 	}
 	h.mu.Unlock()
 	h.log.Info("a site's connection ended", "site", name)
+	h.sched.stale.Store(true)
 	h.changed.Wake("")
 }
 

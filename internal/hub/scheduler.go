@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pergolafl/pergola/internal/job"
@@ -54,9 +55,10 @@ type scheduler struct {
 
 	sites     map[string]*schedule.Site
 	sitesRead time.Time
-	stale     bool      // the sites are to be looked at again
 	dirty     bool      // something has changed since the last decision
 	next      time.Time // when to decide anew, whatever happens; zero: never
+
+	stale atomic.Bool // the sites are to be looked at again
 
 	mu      sync.Mutex // guards the rest
 	seen    view
@@ -306,7 +308,7 @@ func (s *scheduler) readSites(ctx context.Context) error {
 	if !maps.EqualFunc(s.sites, sites, same) {
 		s.dirty = true
 	}
-	s.sites, s.sitesRead, s.stale = sites, now, false
+	s.sites, s.sitesRead = sites, now
 	return nil
 }
 
@@ -360,8 +362,10 @@ func (s *scheduler) turn(ctx context.Context) (next time.Duration, err error) {
 		delete(s.touched, id)
 	}
 	s.mu.Unlock()
-	if s.stale || time.Since(s.sitesRead) > identityAge {
+	// After the jobs: one that was submitted after a site was drained does not start there.
+	if s.stale.Swap(false) || time.Since(s.sitesRead) > identityAge {
 		if err := s.readSites(ctx); err != nil {
+			s.stale.Store(true)
 			return 0, err
 		}
 	}

@@ -40,6 +40,7 @@ func (s jobService) DrainSite(ctx context.Context, req *pb.DrainSiteRequest) (*p
 		return nil, err
 	}
 	s.log.Info("a site was drained, or resumed", "site", req.GetName(), "drained", req.GetDrained(), "by", who.Name)
+	s.sched.stale.Store(true)
 	s.changed.Wake("")
 	list, err := s.ListSites(ctx, &pb.ListSitesRequest{})
 	if err != nil {
