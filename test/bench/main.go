@@ -6,7 +6,9 @@
 // It builds each side's environment before it measures and does not count a first run of either. It
 // compares time, not numbers: that both give the same results is for the parity tests. `make bench` calls
 // it; start reading at [main], then plain.go and pergola.go. With "link" as its first argument it measures the
-// link alone, beside what limits it (link.go; `make bench-link`), with "hub" a hub with up to 1,000 sites (hub.go; `make bench-hub`).
+// link alone, beside what limits it (link.go; `make bench-link`), with "hub" a hub with up to 1,000 sites (hub.go; `make bench-hub`). With
+// "small", "large", "clients", "idle" or "messages" it measures the native engine beside plain Flower, or beside Flower's simulation
+// engine (native.go); "native" is all five, "all" the above and them.
 package main
 
 import (
@@ -18,6 +20,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -51,6 +54,12 @@ func main() {
 		err = runHub(ctx, args[1:], os.Stdout, os.Stderr)
 	case len(args) > 0 && args[0] == hubChildName: // started by the one above
 		err = hubMain(ctx, args[1:], os.Stdout)
+	case len(args) > 0 && (args[0] == "native" || slices.ContainsFunc(benchmarks, func(b benchmark) bool { return b.name == args[0] })):
+		err = runNative(ctx, args[0], args[1:], os.Stdout, os.Stderr)
+	case len(args) > 0 && args[0] == "all":
+		if err = run(ctx, nil, os.Stdout, os.Stderr); err == nil {
+			err = runNative(ctx, "native", args[1:], os.Stdout, os.Stderr)
+		}
 	default:
 		err = run(ctx, args, os.Stdout, os.Stderr)
 	}

@@ -80,26 +80,48 @@ func (c *clock) take(e event) (state string, err error) {
 
 // follow reads the events of one run to their end.
 func follow(r io.Reader, c *clock) (state string, err error) {
+	err = events(r, func(e event) error {
+		s, err := c.take(e)
+		if s != "" {
+			state = s
+		}
+		return err
+	})
+	if err != nil {
+		return "", err
+	}
+	return state, nil
+}
+
+// events gives each event of a run to take, until the run ends.
+func events(r io.Reader, take func(event) error) error {
+	var bad error
+	err := eachLine(r, func(line string) {
+		var e event
+		if strings.TrimSpace(line) == "" || bad != nil {
+			return
+		}
+		if err := json.Unmarshal([]byte(line), &e); err != nil {
+			bad = fmt.Errorf("not an event: %q: %w", line, err)
+			return
+		}
+		bad = take(e)
+	})
+	return errors.Join(bad, err)
+}
+
+// eachLine reads to the end.
+func eachLine(r io.Reader, take func(string)) error {
 	for lines := bufio.NewReader(r); ; {
-		line, err := lines.ReadBytes('\n')
-		if len(bytes.TrimSpace(line)) > 0 {
-			var e event
-			if err := json.Unmarshal(line, &e); err != nil {
-				return "", fmt.Errorf("not an event: %q: %w", line, err)
-			}
-			s, err := c.take(e)
-			if err != nil {
-				return "", err
-			}
-			if s != "" {
-				state = s
-			}
+		line, err := lines.ReadString('\n')
+		if line != "" {
+			take(line)
 		}
 		if errors.Is(err, io.EOF) {
-			return state, nil
+			return nil
 		}
 		if err != nil {
-			return "", err
+			return err
 		}
 	}
 }

@@ -1,47 +1,46 @@
-// Command parity runs the same apps on plain Flower and by `pergola run`, version by version, and compares what they write down:
-// each client's numbers and settings exactly, aggregates to 1e-9 (plain Flower itself adds replies in the order of their arrival).
-// The outcome is the table in docs/flower-versions.md. A version that fails does not keep the others from running; the exit status
-// tells.
+// Command parity runs the apps of a corpus on plain Flower and by `pergola run` with each engine, version by version, and compares
+// what they write down: each client's numbers and what each party could observe exactly, aggregates to 1e-9 (plain Flower itself
+// adds replies in the order of their arrival). The outcome is the tables in docs/flower-versions.md (every generation of Flower's
+// programs) and docs/parity.md (every generation of its Python API, the whole corpus, both engines). A run that fails does not keep
+// the others from running; the exit status tells.
+//
+// What plain Flower gave is kept in testdata/plain (--update records it anew), so that `make test` can compare with it in seconds.
 //
 // It measures no more than wall time: phases and memory are for test/bench. `make parity` calls it; start reading at [main], then
-// corpus.go (what runs), records.go (what is compared) and table.go.
+// corpus.go (what runs), cell.go (how), records.go (what is compared), known.go (what may differ, and why), table.go.
 package main
 
 import (
-	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"os/signal"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
-	"time"
 
-	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/pyenv"
-	"github.com/pergolafl/pergola/test/internal/plain"
 )
 
-const sites = 2 // with three, the order of replies would show in the last bits of every later number
-
-// runLimit keeps one run that hangs from holding up the others.
-const runLimit = 5 * time.Minute
-
 type options struct {
-	pergola, apps, doc, cache string
-	versions                  []string
-	keep                      bool
+	pergola, root, docs, cache, results string
+	versions, engines                   []string
+	apps                                string // pattern
+	jobs                                int
+	keep, update, recorded, all         bool
+	stderr                              io.Writer
 }
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := run(ctx, os.Args[1:], os.Stderr)
+	err := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -52,26 +51,46 @@ func main() {
 }
 
 func parse(args []string, stderr io.Writer) (o options, err error) {
-	var only string
+	var only, engines string
 	f := flag.NewFlagSet("parity", flag.ContinueOnError)
 	f.SetOutput(stderr)
 	f.StringVar(&o.pergola, "pergola", "bin/pergola", "the `binary` to compare")
-	f.StringVar(&o.apps, "apps", "test/apps", "the `folder` of the apps")
-	f.StringVar(&o.doc, "doc", "docs/flower-versions.md", "the `file` whose table is written anew, if all versions ran; empty writes none")
+	f.StringVar(&o.root, "root", "test", "the `folder` with apps and parity/apps")
+	f.StringVar(&o.docs, "docs", "docs", "the `folder` whose tables are written anew, if everything ran; empty writes none")
 	f.StringVar(&o.cache, "cache", pyenv.DefaultCache(), "`folder` for environments")
-	f.StringVar(&only, "only", "", "`versions` instead of all, separated by commas; the document is left as it is")
+	f.StringVar(&only, "only", "", "`versions` instead of all, separated by commas")
+	f.StringVar(&o.apps, "apps", "*", "`pattern` of the entries to run, such as privacy.* or probe")
+	f.StringVar(&engines, "engines", "flower,native", "Pergola's `engines`")
+	f.IntVar(&o.jobs, "jobs", 3, "`runs` side by side; the versions' table, which has times, is made one by one")
+	f.StringVar(&o.results, "results", "", "a `file` that gets each outcome as it comes, and whose good ones are not run again")
+	f.BoolVar(&o.recorded, "recorded", false, "compare with what was recorded of plain Flower, do not run it")
+	f.BoolVar(&o.update, "update", false, "record plain Flower anew, and run nothing else")
 	f.BoolVar(&o.keep, "keep", false, "keep the folders of all runs, not only of those that failed")
 	if err := f.Parse(args); err != nil {
 		return o, err
 	}
-	if f.NArg() > 0 {
-		return o, fmt.Errorf("no further arguments, please: %q", f.Args())
+	if f.NArg() > 0 || o.jobs < 1 {
+		return o, fmt.Errorf("no further arguments, please, and at least one run at once: %q", f.Args())
 	}
-	o.versions = versions
+	if _, err := path.Match(o.apps, ""); err != nil {
+		return o, fmt.Errorf("--apps %s: %w", o.apps, err)
+	}
+	o.versions, o.engines, o.stderr = versions, strings.Split(engines, ","), stderr
+	for _, e := range o.engines {
+		if e != flowerEngine && e != nativeEngine {
+			return o, fmt.Errorf("--engines: %q is neither %s nor %s", e, flowerEngine, nativeEngine)
+		}
+	}
 	if only != "" {
-		o.versions, o.doc = strings.Split(only, ","), ""
+		o.versions = strings.Split(only, ",")
 	}
-	for _, path := range []*string{&o.pergola, &o.apps} {
+	for _, v := range o.versions {
+		if !slices.Contains(versions, v) {
+			return o, fmt.Errorf("--only: %s is none of %s", v, strings.Join(versions, ", "))
+		}
+	}
+	o.all = only == "" && o.apps == "*" && len(o.engines) == 2
+	for _, path := range []*string{&o.pergola, &o.root} {
 		if *path, err = filepath.Abs(*path); err != nil {
 			return o, err
 		}
@@ -79,7 +98,7 @@ func parse(args []string, stderr io.Writer) (o options, err error) {
 	return o, nil
 }
 
-func run(ctx context.Context, args []string, stderr io.Writer) error {
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	o, err := parse(args, stderr)
 	if err != nil {
 		return err
@@ -88,139 +107,134 @@ func run(ctx context.Context, args []string, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
-	var rows []row
-	var failed []string
-	for i, v := range o.versions {
-		r := o.version(ctx, v, filepath.Join(work, v), stderr)
-		if ctx.Err() != nil {
-			return errors.Join(context.Cause(ctx), os.RemoveAll(work))
-		}
-		rows = append(rows, r)
-		verdict := "equal"
-		if !r.ok() {
-			failed = append(failed, v)
-			verdict = "FAILED"
-		}
-		fmt.Fprintf(stderr, "flwr %s (%d of %d): %s\n", v, i+1, len(o.versions), verdict)
+	good, err := o.earlier()
+	if err != nil {
+		return err
 	}
-	if o.keep || len(failed) > 0 {
+	outcomes, err := o.cells(ctx, work, good)
+	if err != nil {
+		return errors.Join(err, os.RemoveAll(work))
+	}
+	failed := slices.ContainsFunc(outcomes, func(c outcome) bool { return !c.ok() })
+	if o.keep || failed {
 		fmt.Fprintln(stderr, "the runs are in", work)
 	} else if err := os.RemoveAll(work); err != nil {
 		return err
 	}
-	if o.doc != "" {
-		if err := writeDoc(o.doc, rows); err != nil {
+	if o.update {
+		if failed {
+			return errors.New("plain Flower failed")
+		}
+		return nil
+	}
+	fmt.Fprint(stdout, fidelityTable(outcomes))
+	if o.docs != "" && o.all {
+		if err := writeDocs(o.docs, outcomes); err != nil {
 			return err
 		}
 	}
-	if len(failed) > 0 {
-		return fmt.Errorf("%d of %d versions failed: %s", len(failed), len(o.versions), strings.Join(failed, ", "))
+	var bad []string
+	for _, c := range outcomes {
+		if !c.ok() {
+			bad = append(bad, c.Version+" "+c.App)
+		}
+	}
+	if len(bad) > 0 {
+		return fmt.Errorf("%d of %d failed: %s", len(bad), len(outcomes), strings.Join(bad, ", "))
 	}
 	return nil
 }
 
-// version runs what the corpus has for a version, both ways.
-func (o options) version(ctx context.Context, v, dir string, stderr io.Writer) row {
-	r := row{version: v}
-	for _, c := range corpus {
-		if !c.fits(v) {
-			continue
-		}
-		res := result{app: c.app}
-		began := time.Now()
-		err := o.both(ctx, c, v, filepath.Join(dir, c.app), &r, &res, stderr)
-		if err != nil {
-			res.problem = err.Error()
-			fmt.Fprintf(stderr, "flwr %s, %s: %v\n", v, c.app, err)
-		} else {
-			fmt.Fprintf(stderr, "flwr %s, %s: equal; plain %.0f s, pergola %.0f s, in all %.0f s\n", v, c.app, res.plain.Seconds(), res.pergola.Seconds(), time.Since(began).Seconds())
-			if !o.keep {
-				err = os.RemoveAll(filepath.Join(dir, c.app))
+// cells runs all that was asked for, version by version: first what is timed, one by one, then the others side by side.
+func (o options) cells(ctx context.Context, work string, good map[string]outcome) (outcomes []outcome, err error) {
+	var mu sync.Mutex // guards outcomes and the file of results
+	for _, v := range o.versions {
+		one := func(e entry) {
+			c, done := good[v+" "+e.name()]
+			if !done {
+				c = o.cell(ctx, v, e, filepath.Join(work, v, e.name()))
 			}
-			if err != nil {
-				fmt.Fprintln(stderr, err)
+			mu.Lock()
+			defer mu.Unlock()
+			if ctx.Err() != nil {
+				return
+			}
+			outcomes = append(outcomes, c)
+			if !done {
+				fmt.Fprintln(o.stderr, c)
+				err = errors.Join(err, o.note(c))
 			}
 		}
-		r.results = append(r.results, res)
-	}
-	return r
-}
-
-// both runs one app both ways and compares. What differs is an error.
-func (o options) both(ctx context.Context, c entry, v, dir string, r *row, res *result, stderr io.Writer) error {
-	app, err := flower.LoadApp(filepath.Join(o.apps, c.app))
-	if err != nil {
-		return err
-	}
-	python, err := plain.Environment(ctx, o.cache, app, v, stderr)
-	if err != nil {
-		return err
-	}
-	inst, err := flower.Probe(ctx, flower.Env{Bin: filepath.Dir(python), Python: python}, "")
-	if err != nil {
-		return err
-	}
-	r.generation, r.wire = inst.Caps.Generation.String(), inst.Caps.FleetWire()
-
-	ctx, cancel := context.WithTimeoutCause(ctx, 2*runLimit, errors.New("it took too long"))
-	defer cancel()
-	records := map[string]string{"plain": filepath.Join(dir, "plain-records"), "pergola": filepath.Join(dir, "pergola-records")}
-	for _, d := range records {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			return err
+		var side []entry
+		for _, e := range corpus {
+			if ok, _ := path.Match(o.apps, e.name()); !ok || !e.fits(v) { // parse has looked at the pattern
+				continue
+			}
+			if o.update && !slices.Contains(fidelity, v) {
+				continue // what is recorded is for the comparison with the native engine
+			}
+			if e.versions && !o.update {
+				one(e)
+			} else {
+				side = append(side, e)
+			}
+		}
+		var all sync.WaitGroup
+		slots := make(chan struct{}, o.jobs)
+		for _, e := range side {
+			slots <- struct{}{}
+			all.Go(func() {
+				defer func() { <-slots }()
+				one(e)
+			})
+		}
+		all.Wait()
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
 		}
 	}
-	var overrides []string
-	if plain.AtLeast(v, 1, 11) {
-		overrides = c.overrides
-	}
-	began := time.Now()
-	err = plain.Run(ctx, plain.Options{
-		Version: v, Python: python, App: app, Dir: filepath.Join(dir, "plain"), Sites: sites, RunConfig: overrides, NodeConfig: c.node,
-		Env: []string{recordsVar + "=" + records["plain"]},
+	slices.SortStableFunc(outcomes, func(a, b outcome) int {
+		if d := slices.Index(versions, a.Version) - slices.Index(versions, b.Version); d != 0 {
+			return d
+		}
+		return a.rank() - b.rank()
 	})
-	res.plain = time.Since(began)
-	if err != nil {
-		return fmt.Errorf("plain Flower: %w", err)
-	}
-	began = time.Now()
-	err = o.runPergola(ctx, c, v, filepath.Join(dir, "pergola"), records["pergola"], overrides)
-	res.pergola = time.Since(began)
-	if err != nil {
-		return err
-	}
-	return compare(records["plain"], records["pergola"], c.expect(v))
+	return outcomes, err
 }
 
-// runPergola runs an app as a user does. Half of the overrides go by a file.
-func (o options) runPergola(ctx context.Context, c entry, v, dir, records string, overrides []string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
+// earlier reads the good outcomes of earlier calls with the same file of results.
+func (o options) earlier() (map[string]outcome, error) {
+	good := map[string]outcome{}
+	if o.results == "" {
+		return good, nil
 	}
-	args := []string{"run", filepath.Join(o.apps, c.app), "--flwr", v, "--sites", fmt.Sprint(sites), "--engine", "flower", "--json", "--out", filepath.Join(dir, "out")}
-	if n := len(overrides) / 2; n > 0 {
-		file := filepath.Join(dir, "overrides.toml")
-		if err := os.WriteFile(file, []byte(strings.Join(overrides[:n], "\n")+"\n"), 0o644); err != nil {
-			return err
+	raw, err := os.ReadFile(o.results)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	for line := range strings.Lines(string(raw)) {
+		var c outcome
+		if err := json.Unmarshal([]byte(line), &c); err != nil {
+			return nil, fmt.Errorf("%s: %w", o.results, err)
 		}
-		args = append(args, "--run-config", file, "--run-config", strings.Join(overrides[n:], " "))
+		if c.ok() {
+			good[c.Version+" "+c.App] = c
+		}
 	}
-	cmd := exec.CommandContext(ctx, o.pergola, args...)
-	cmd.Env = slices.Concat(os.Environ(), []string{recordsVar + "=" + records, "PERGOLA_CACHE=" + o.cache})
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGINT) } // it cleans up after itself
-	cmd.WaitDelay = time.Minute
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C comes from here alone, once
-	events, err := os.Create(filepath.Join(dir, "events.jsonl"))
+	return good, nil
+}
+
+func (o options) note(c outcome) error {
+	if o.results == "" {
+		return nil
+	}
+	f, err := os.OpenFile(o.results, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
 	}
-	defer events.Close()
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = io.MultiWriter(events, &out), &out
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("pergola: %w; it last said: %s", err, tail(out.String()))
+	raw, err := json.Marshal(c)
+	if err == nil {
+		_, err = f.Write(append(raw, '\n'))
 	}
-	return nil
+	return errors.Join(err, f.Close())
 }
-
-func tail(s string) string { return s[max(0, len(s)-1000):] }

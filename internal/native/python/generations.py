@@ -266,7 +266,8 @@ class Generation(ABC):
 
     def settings(self, app: str, words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Give the overrides, parsed, and the run's configuration, both as Flower makes them."""
-        override = self._parse_config_args(words or None)
+        # In one: of a later argument with a key below the same table, Flower takes the whole table.
+        override = self._parse_config_args([" ".join(words)] if words else None)
         return override, self._fused_config(Path(app), override)
 
     def project(self, app: str) -> dict[str, Any]:

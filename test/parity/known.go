@@ -1,0 +1,60 @@
+package main
+
+import (
+	"encoding/json"
+	"reflect"
+
+	"github.com/pergolafl/pergola/test/internal/plain"
+)
+
+// known is a difference from plain Flower that is as it should be, with its reason. It is data, so that the document can list it
+// and a difference that is not in it is an error.
+type known struct {
+	app    string // folder; "" = all
+	check  string
+	engine string // "" = both
+	from   int    // minor versions, as in [entry]
+	until  int
+	shows  string // JSON: the fields that the engine's record has instead of plain Flower's; "" = the record may be anything or missing
+	reason string
+}
+
+var differences = []known{
+	{check: clientSettings, until: 13, reason: "flwr 1.11 and 1.12 give a client app that is run from its directory no run config; with Pergola it has the app's, with the overrides"},
+	{app: "probe", check: "run config", until: 13, reason: "flwr 1.11 and 1.12 give a client app that is run from its directory no run config; with Pergola it has the app's, with the overrides"},
+}
+
+// mark notes the reason of each difference that is a known one, and gives how many are not.
+func mark(app, engine, version string, diffs []difference) (open int) {
+	for i, d := range diffs {
+		for _, k := range differences {
+			if k.fits(app, engine, version, d) {
+				diffs[i].Known = k.reason
+			}
+		}
+		if diffs[i].Known == "" {
+			open++
+		}
+	}
+	return open
+}
+
+func (k known) fits(app, engine, version string, d difference) bool {
+	if k.check != d.Check || k.app != "" && k.app != app || k.engine != "" && k.engine != engine ||
+		k.from > 0 && !plain.AtLeast(version, 1, k.from) || k.until > 0 && plain.AtLeast(version, 1, k.until) {
+		return false
+	}
+	if k.shows == "" {
+		return true
+	}
+	var want, plainly, other map[string]any
+	if json.Unmarshal([]byte(k.shows), &want) != nil || json.Unmarshal([]byte(d.Plain), &plainly) != nil || json.Unmarshal([]byte(d.Other), &other) != nil {
+		return false
+	}
+	for key, v := range other {
+		if w, ok := want[key]; ok && !reflect.DeepEqual(v, w) || !ok && !reflect.DeepEqual(v, plainly[key]) {
+			return false
+		}
+	}
+	return len(other) == len(plainly)
+}
