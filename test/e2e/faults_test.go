@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -26,6 +27,7 @@ import (
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/hub"
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/logs"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/runner"
@@ -528,10 +530,18 @@ var faults = []fault{
 
 	// Logs and reports.
 	{
-		name: "a client app prints 10 GB", app: "faulty", soak: true, spec: job.Spec{RunConfig: []string{`fault="mebibytes"`, "mebibytes=10240"}}, act: func(v *victim) {
+		name: "a client app prints 10 GB, of which 1 GiB is kept", app: "faulty", soak: true, spec: job.Spec{RunConfig: []string{`fault="mebibytes"`, "mebibytes=10240"}}, act: func(v *victim) {
 			v.round(1)
 			v.strike()
-		}, state: job.Succeeded, limit: time.Hour, more: sameNumbers,
+			v.logsStayWithin(int64(job.DefaultLogQuota))
+		}, state: job.Succeeded, limit: time.Hour, warns: []string{"have reached their quota", "are left out between"}, more: keptOf(10240<<20, int64(job.DefaultLogQuota)),
+	},
+	{
+		name: "a client app prints 64 MB, of which 2 MiB are kept", app: "faulty", fast: true, spec: job.Spec{RunConfig: []string{`fault="mebibytes"`, "mebibytes=64"}, LogQuota: 2 << 20}, act: func(v *victim) {
+			v.round(1)
+			v.strike()
+			v.logsStayWithin(2 << 20)
+		}, state: job.Succeeded, limit: 2 * time.Minute, warns: []string{"have reached their quota of 2.0 MiB", "are left out between"}, more: keptOf(64<<20, 2<<20),
 	},
 	{
 		name: "a client app prints 100,000 lines a second", app: "faulty", spec: job.Spec{RunConfig: []string{`fault="lines"`, "rate=100000", "seconds=10"}}, act: func(v *victim) {
@@ -1376,6 +1386,75 @@ func allLines(n int) func(*victim) {
 			if next[1] != n {
 				v.Errorf("%s: %d lines of round 1, want %d", site, next[1], n)
 			}
+		}
+	}
+}
+
+// logsStayWithin looks at the logs of the party that prints, there and at the hub, until the job is over: they never take more than
+// their quota and the segment that is being written.
+func (v *victim) logsStayWithin(quota int64) {
+	v.Helper()
+	dirs := []string{
+		filepath.Join(v.f.hub.dir, "jobs", string(v.id), "logs", "site-1"),
+		filepath.Join(v.f.sites[0].dir, "jobs", string(v.id), "logs"),
+	}
+	over := func() bool {
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		return v.over != nil
+	}
+	var most int64
+	for late := time.Now().Add(v.c.limit); !over() && time.Now().Before(late); time.Sleep(20 * time.Millisecond) {
+		for _, dir := range dirs {
+			n, err := logs.Usage(dir)
+			if err != nil && !errors.Is(err, fs.ErrNotExist) {
+				v.Error(err)
+			}
+			most = max(most, n)
+		}
+	}
+	if most > quota+quota/16 || most < quota/2 {
+		v.Errorf("the logs took %d bytes at most, of a quota of %d", most, quota)
+	}
+	v.Logf("the logs took %d bytes at most, of a quota of %d", most, quota)
+}
+
+// keptOf checks that the hub has the head and the end of a log of so many bytes of the app's, and says what is left out between.
+func keptOf(printed, quota int64) func(*victim) {
+	return func(v *victim) {
+		sameNumbers(v)
+		dir := filepath.Join(v.f.hub.dir, "jobs", string(v.id), "logs", "site-1")
+		const name = "client_app_log.txt"
+		gaps, err := logs.Gaps(dir)
+		if err != nil {
+			v.Fatal(err)
+		}
+		end, err := logs.Size(filepath.Join(dir, name))
+		if err != nil {
+			v.Fatal(err)
+		}
+		if end < printed || end > printed+printed/100 {
+			v.Errorf("the log ends at %d, and %d bytes were printed", end, printed)
+		}
+		var out int64
+		for _, g := range gaps[name] {
+			out += g.Bytes()
+		}
+		if len(gaps[name]) == 0 || gaps[name][0].From < quota/8-4096 || end-out > quota || end-out < quota/2 {
+			v.Errorf("of %d bytes, %d are left out: %v", end, out, gaps)
+		}
+		w, err := logs.OpenWhole(dir, name)
+		if err != nil {
+			v.Fatal(err)
+		}
+		defer w.Close()
+		b := make([]byte, 4096)
+		if _, err := w.ReadAt(b, w.Size()-int64(len(b))); err != nil || !bytes.Contains(b, []byte("\n")) {
+			v.Errorf("the log's last lines: %v, %.200q", err, b)
+		}
+		whole, err := io.ReadAll(io.LimitReader(io.NewSectionReader(w, 0, w.Size()), 64<<20))
+		if err != nil || quota <= 32<<20 && !bytes.Contains(whole, []byte(logs.Marker(gaps[name][0].Bytes())+"\n")) {
+			v.Errorf("the log does not say what is left out, %v", err)
 		}
 	}
 }
