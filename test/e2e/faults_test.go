@@ -537,11 +537,11 @@ var faults = []fault{
 		}, state: job.Succeeded, limit: time.Hour, warns: []string{"have reached their quota", "are left out between"}, more: keptOf(10240<<20, int64(job.DefaultLogQuota)),
 	},
 	{
-		name: "a client app prints 64 MB, of which 2 MiB are kept", app: "faulty", fast: true, spec: job.Spec{RunConfig: []string{`fault="mebibytes"`, "mebibytes=64"}, LogQuota: 2 << 20}, act: func(v *victim) {
+		name: "a client app prints 32 MB, of which 2 MiB are kept", app: "faulty", fast: true, spec: job.Spec{RunConfig: []string{`fault="mebibytes"`, "mebibytes=32"}, LogQuota: 2 << 20}, act: func(v *victim) {
 			v.round(1)
 			v.strike()
 			v.logsStayWithin(2 << 20)
-		}, state: job.Succeeded, limit: 2 * time.Minute, warns: []string{"have reached their quota of 2.0 MiB", "are left out between"}, more: keptOf(64<<20, 2<<20),
+		}, state: job.Succeeded, limit: 2 * time.Minute, warns: []string{"have reached their quota of 2.0 MiB", "are left out between"}, more: keptOf(32<<20, 2<<20),
 	},
 	{
 		name: "a client app prints 100,000 lines a second", app: "faulty", spec: job.Spec{RunConfig: []string{`fault="lines"`, "rate=100000", "seconds=10"}}, act: func(v *victim) {
