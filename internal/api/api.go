@@ -154,10 +154,15 @@ func NewServer(log *slog.Logger, observe ...Observe) *connect.Server {
 func NewGatedServer(log *slog.Logger, gate connect.ServerInterceptor, observe ...Observe) *connect.Server {
 	within := []connect.ServerInterceptor{func(next connect.ServerFunc) connect.ServerFunc {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) (err error) {
+			var ends []func(string)
 			for _, o := range observe {
-				done := o(spec.Procedure, spec.StreamType != connect.StreamTypeUnary)
-				defer func() { done(outcome(ctx, err)) }()
+				ends = append(ends, o(spec.Procedure, spec.StreamType != connect.StreamTypeUnary))
 			}
+			defer func() {
+				for _, end := range ends {
+					end(outcome(ctx, err))
+				}
+			}()
 			err = next(ctx, spec, stream)
 			if err != nil && ctx.Err() == nil {
 				log.Info("a call was refused", "procedure", spec.Procedure, "err", err)

@@ -405,9 +405,10 @@ func (h *house) oddClock(t *testing.T, ahead time.Duration) string {
 		w.Header().Set("Date", time.Now().Add(ahead).UTC().Format(http.TimeFormat))
 		_, _ = io.WriteString(w, "{}")
 	})}
-	done := make(chan error, 1)
+	done := make(chan struct{})
 	go func() {
-		done <- s.Serve(plain{tls.NewListener(ln, h.auth.WithJoin(pki.ServerTLS(cert, h.auth.Roots(), "http/1.1")))})
+		defer close(done)
+		_ = s.Serve(plain{tls.NewListener(ln, h.auth.WithJoin(pki.ServerTLS(cert, h.auth.Roots(), "http/1.1")))}) // until it is closed
 	}()
 	t.Cleanup(func() { h.must(s.Close()); <-done })
 	return ln.Addr().String()

@@ -14,6 +14,7 @@ import (
 	"github.com/pergolafl/pergola/internal/monitor"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/schedule"
 	"github.com/pergolafl/pergola/internal/store"
 )
 
@@ -32,6 +33,8 @@ type measures struct {
 	linksOpened                              prometheus.Counter
 	linkBytes                                *prometheus.CounterVec
 	outages, cuts, resumes, resent, downTime prometheus.Counter
+	decisions                                prometheus.Histogram
+	actions                                  *prometheus.CounterVec
 
 	removals, removedBytes *prometheus.CounterVec
 
@@ -79,6 +82,8 @@ func newMeasures() *measures {
 		downTime:     counter("pergola_link_down_seconds_total", "Time in which links were interrupted."),
 		removals:     vec("pergola_removals_total", "What retention has removed, by kind.", "kind"),
 		removedBytes: vec("pergola_removed_bytes_total", "Bytes of what retention has removed, by kind.", "kind"),
+		decisions:    hist("pergola_schedule_seconds", "How long it took to decide which jobs start, of each decision.", quick),
+		actions:      vec("pergola_schedule_actions_total", "What followed for jobs from decisions: start, join, expire, give-up.", "action"),
 		links:        map[job.ID]map[string]job.Link{},
 	}
 }
@@ -88,7 +93,45 @@ func (m *measures) collectors() []prometheus.Collector {
 		m.submitted, m.started, m.ended, m.wait, m.duration, m.parties, m.apiCalls, m.apiSeconds, m.apiStreams, m.storeSeconds, m.storeErrors,
 		m.linksOpened, m.linkBytes, m.outages, m.cuts, m.resumes, m.resent, m.downTime,
 		m.removals, m.removedBytes,
+		m.decisions, m.actions,
 	}
+}
+
+// decided is what the scheduler tells of each decision. A hub of a test may have no measures.
+func (m *measures) decided(d *schedule.Decision, took time.Duration) {
+	if m == nil {
+		return
+	}
+	m.decisions.Observe(took.Seconds())
+	for action, n := range map[string]int{"start": len(d.Start), "join": len(d.Join), "expire": len(d.Expired), "give-up": len(d.Cannot)} {
+		m.actions.WithLabelValues(action).Add(float64(n))
+	}
+}
+
+// lackKinds are the values of the label why.
+var lackKinds = []schedule.Kind{schedule.Removed, schedule.TooSmall, schedule.Undeclared, schedule.Drained, schedule.Away, schedule.Busy, schedule.MaxJobs, schedule.Held}
+
+// waiting counts the queued jobs by why they wait, as the last decision had it. A job that lacks several things counts for each.
+func (s *scheduler) waiting() map[string]int {
+	s.mu.Lock()
+	waits := s.seen.waits
+	s.mu.Unlock()
+	out := map[string]int{"hub-full": 0, "joining": 0}
+	for _, k := range lackKinds {
+		out[string(k)] = 0
+	}
+	for _, w := range waits {
+		kinds := map[string]bool{"hub-full": w.HubFull, "joining": w.Joining}
+		for _, l := range w.Lacks {
+			kinds[string(l.Kind)] = true
+		}
+		for k, yes := range kinds {
+			if _, known := out[k]; known && yes {
+				out[k]++
+			}
+		}
+	}
+	return out
 }
 
 // call is what the API's servers tell.
@@ -277,6 +320,7 @@ var (
 	descJobs        = desc("pergola_jobs", "Jobs in the store, by state.", "state")
 	descQueue       = desc("pergola_queue_length", "Jobs that wait for their start.")
 	descOldest      = desc("pergola_queue_oldest_seconds", "How long ago the job was submitted that has waited longest; 0 where none waits.")
+	descWaiting     = desc("pergola_queue_waiting", "Jobs that wait for their start, by why, as it was decided last; one that lacks several things counts for each.", "why")
 	descSites       = desc("pergola_sites", "Sites that are enrolled.")
 	descSite        = desc("pergola_site_connected", "1 where the site's agent is connected, else 0; of every site that is enrolled.", "site")
 	descSiteSince   = desc("pergola_site_since_seconds", "For how long the site's agent has been connected or away, as far as this hub knows.", "site")
@@ -296,7 +340,7 @@ var (
 // Describe implements prometheus.Collector.
 func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		descStoreUp, descJobs, descQueue, descOldest, descSites, descSite, descSiteSince, descBundles, descBundleBytes, descControllers, descLinks, descHandshakes,
+		descStoreUp, descJobs, descQueue, descOldest, descWaiting, descSites, descSite, descSiteSince, descBundles, descBundleBytes, descControllers, descLinks, descHandshakes,
 		descFree, descSize, descInodes, descUsed, descExpiry, descReady,
 	} {
 		ch <- d
@@ -309,6 +353,8 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	h := c.h
+	ready := make(chan monitor.Report, 1) // while the store is asked: each has a limit of its own
+	go func() { ready <- h.watcher.Load().Ready(context.Background()) }()
 	if s, err := c.stored.Get(context.Background()); err != nil { // it has a limit of its own
 		gauge(descStoreUp, 0)
 	} else {
@@ -333,6 +379,9 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 		}
 		gauge(descBundles, float64(s.bundles))
 		gauge(descBundleBytes, float64(s.bundleBytes))
+	}
+	for why, n := range h.sched.waiting() {
+		gauge(descWaiting, float64(n), why)
 	}
 	h.mu.Lock()
 	controllers, links := len(h.jobs), 0
@@ -364,7 +413,7 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 	for name, t := range h.expiries() {
 		gauge(descExpiry, float64(t.Unix()), name)
 	}
-	for _, r := range h.watcher.Load().Ready(context.Background()).Checks {
+	for _, r := range (<-ready).Checks {
 		gauge(descReady, flag(r.OK), r.Name)
 	}
 }

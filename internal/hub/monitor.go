@@ -220,32 +220,36 @@ func (h *Hub) pages(m *monitor.Monitor) http.Handler {
 	})
 }
 
-// serveMonitor serves the pages at the socket, and at the address of hub.toml where there is one, until ctx is done.
-func (h *Hub) serveMonitor(ctx context.Context, m *monitor.Monitor, ln net.Listener) error {
-	g, ctx := errgroup.WithContext(ctx)
+// doors are where a hub's watchers come to: the socket in its directory, and the address of hub.toml. Either may be nil.
+type doors struct{ own, tcp net.Listener }
+
+// listenMonitor opens them. That the socket cannot be had is no reason not to start.
+func (h *Hub) listenMonitor(ctx context.Context) (d doors, err error) {
+	if h.conf.Monitor != "" {
+		var lc net.ListenConfig
+		if d.tcp, err = lc.Listen(ctx, "tcp", h.conf.Monitor); err != nil {
+			return d, problem.Wrap(err, problem.Usage, "choose another with monitor in hub.toml", CannotListen+"%s", h.conf.Monitor)
+		}
+		h.log.Info("the monitor listens", "address", d.tcp.Addr().String())
+	}
 	own, err := sock.Listen(filepath.Join(h.dir, MonitorSocket))
 	if err != nil {
-		h.log.Warn("nobody can ask the hub how it is by its socket", "err", err) // it works all the same
-	} else {
-		g.Go(func() error { return serveHTTP(ctx, monitor.Server(ctx, m.Handler(monitor.Own)), own) })
+		h.log.Warn("nobody can ask the hub how it is by its socket", "err", err)
+		return d, nil
 	}
-	if ln != nil {
-		h.log.Info("the monitor listens", "address", ln.Addr().String())
-		g.Go(func() error { return serveHTTP(ctx, monitor.Server(ctx, m.Handler(monitor.Scrape)), ln) })
+	d.own = own
+	return d, nil
+}
+
+// serveMonitor serves the pages until ctx is done.
+func (h *Hub) serveMonitor(ctx context.Context, m *monitor.Monitor, d doors) error {
+	g, ctx := errgroup.WithContext(ctx)
+	if d.own != nil {
+		g.Go(func() error { return serveHTTP(ctx, monitor.Server(ctx, m.Handler(monitor.Own)), d.own) })
+	}
+	if d.tcp != nil {
+		g.Go(func() error { return serveHTTP(ctx, monitor.Server(ctx, m.Handler(monitor.Scrape)), d.tcp) })
 	}
 	<-ctx.Done()
 	return g.Wait()
-}
-
-// listenMonitor takes the address of hub.toml; nil: there is none.
-func (h *Hub) listenMonitor(ctx context.Context) (net.Listener, error) {
-	if h.conf.Monitor == "" {
-		return nil, nil //nolint:nilnil // none is wanted
-	}
-	var lc net.ListenConfig
-	ln, err := lc.Listen(ctx, "tcp", h.conf.Monitor)
-	if err != nil {
-		return nil, problem.Wrap(err, problem.Usage, "choose another with monitor in hub.toml", CannotListen+"%s", h.conf.Monitor)
-	}
-	return ln, nil
 }

@@ -24,6 +24,7 @@ import (
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/sock"
+	"github.com/pergolafl/pergola/internal/store/pgtest"
 )
 
 func (s *served) page(c *http.Client, url string) (int, string) {
@@ -146,6 +147,9 @@ func TestMeasures(t *testing.T) {
 		"pergola_api_calls_total{ok,JobService/SubmitJob}": 1, "pergola_api_seconds{JobService/SubmitJob}": 1, "pergola_api_calls_total{not-found,JobService/GetJob}": 1,
 		"pergola_store_seconds{store_the_job}": 1,
 	})
+	if got := s.gathered()["pergola_schedule_seconds"]; got < 1 {
+		t.Errorf("%v decisions were measured", got)
+	}
 	w, err := s.as(siteA).Sites.WatchDesired(t.Context(), &pb.WatchDesiredRequest{Protocol: 1})
 	if err != nil {
 		t.Fatal(err)
@@ -194,6 +198,33 @@ func TestMeasures(t *testing.T) {
 		if strings.Contains(name, "made-up") || strings.Contains(name, string(id)) {
 			t.Errorf("a label without bound: %s", name)
 		}
+	}
+}
+
+// A store that hangs holds up neither scrapes nor /healthz, and is told.
+func TestWatchingWhileTheStoreHangs(t *testing.T) {
+	pg := pgtest.Start(t)
+	s := serveAs(t, Config{Store: pg.Fresh(t)})
+	b := s.browser(siteA) // a certificate of a user would have to be looked up
+	own := func(page string) (int, string) {
+		code, body, err := monitor.Ask(t.Context(), filepath.Join(s.dir, MonitorSocket), page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return code, string(body)
+	}
+	if code, body := own("/readyz"); code != 200 {
+		t.Fatalf("%d %s", code, body)
+	}
+	s.page(b, "https://"+s.addr+"/healthz")
+	s.hub.watch(s.group(), s.hub.port.Load()) // what the first one knows is fresh for a while
+	pg.Freeze(t)
+	defer pg.Thaw(t)
+	if got := s.gathered(); got["pergola_store_up"] != 0 || got["pergola_ready{store}"] != 0 || got["pergola_ready{disk}"] != 1 {
+		t.Errorf("store up %v, ready %v, disk %v", got["pergola_store_up"], got["pergola_ready{store}"], got["pergola_ready{disk}"])
+	}
+	if code, body := own("/healthz"); code != 200 {
+		t.Errorf("a hub that waits for its store lives: %d %s", code, body)
 	}
 }
 

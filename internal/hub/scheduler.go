@@ -385,7 +385,9 @@ func (s *scheduler) turn(ctx context.Context) (next time.Duration, err error) {
 func (s *scheduler) decide(ctx context.Context) error {
 	for {
 		s.dirty, s.next = false, time.Time{}
+		began := time.Now()
 		d := schedule.Decide(s.input())
+		s.hub.measures.decided(d, time.Since(began))
 		s.next = d.Next
 		again, err := s.act(ctx, d)
 		if err != nil {

@@ -137,8 +137,11 @@ func TestStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	hs := &http.Server{Handler: mux, TLSConfig: pki.ServerTLS(hubCert, auth.Roots(), "h2", "http/1.1"), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)}
-	served := make(chan error, 1)
-	go func() { served <- hs.ServeTLS(ln, "", "") }()
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = hs.ServeTLS(ln, "", "") // until it is closed
+	}()
 	s = until("a hub that is there", func(s Status) bool { return s.Connected })
 	if s.Problem != "" {
 		t.Errorf("%+v", s)

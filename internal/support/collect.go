@@ -15,6 +15,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
@@ -115,7 +116,7 @@ func (c *collection) learn(ctx context.Context) error {
 		return nil
 	}
 	if c.jobs, c.dbErr = c.db.Jobs(ctx, store.Filter{Limit: maxJobs, Newest: true}); c.dbErr != nil {
-		return nil // an older store, say: the manifest tells
+		return nil //nolint:nilerr // an older store, say: the manifest tells
 	}
 	if c.Job != "" {
 		id, err := c.db.FindJob(ctx, c.Job)
@@ -308,16 +309,25 @@ func (c *collection) doctor(ctx context.Context) {
 // process asks the hub or agent itself, if it runs.
 func (c *collection) process(ctx context.Context) {
 	socket := filepath.Join(c.Dir, map[string]string{doctor.KindHub: hub.MonitorSocket, doctor.KindSite: site.MonitorSocket}[c.Kind])
+	var hangs error
 	for _, p := range []struct{ page, name, about string }{
 		{"/readyz", "process/readyz.json", "what the process says of itself"},
 		{"/status", "process/status.json", "how it is"},
 		{"/metrics", "process/metrics.txt", "its measurements, as Prometheus would have them"},
 		{"/debug/goroutines", "process/goroutines.txt", "what it is doing at this moment"},
 	} {
+		if hangs != nil {
+			c.leave(p.name, hangs)
+			continue
+		}
 		_, body, err := monitor.Ask(ctx, socket, p.page)
 		if err != nil {
-			if errors.Is(err, fs.ErrNotExist) {
+			switch {
+			case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
 				err = errors.New("the process does not run")
+			case errors.Is(err, context.DeadlineExceeded):
+				hangs = errors.New("the process does not answer")
+				err = hangs
 			}
 			c.leave(p.name, err)
 			continue

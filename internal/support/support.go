@@ -103,8 +103,8 @@ func (b *Bundle) addValue(name, about string, v any) {
 		b.leave(name, err)
 		return
 	}
-	var any any
-	if err := json.Unmarshal(data, &any); err != nil {
+	var plain any
+	if err := json.Unmarshal(data, &plain); err != nil {
 		b.leave(name, err)
 		return
 	}
@@ -112,7 +112,7 @@ func (b *Bundle) addValue(name, about string, v any) {
 	e := json.NewEncoder(&out)
 	e.SetEscapeHTML(false)
 	e.SetIndent("", "  ")
-	if err := e.Encode(b.red.Value("", any)); err != nil {
+	if err := e.Encode(b.red.Value("", plain)); err != nil {
 		b.leave(name, err)
 		return
 	}

@@ -272,9 +272,9 @@ func TestSitesBundle(t *testing.T) {
 	write(t, `{"seq":1,"event":{"kind":"note","body":{"message":"planted-value-40","token":"planted-token-43"}}}`+"\n", dir, "jobs", id, "party", "journal.jsonl")
 	write(t, all(ss)+string(k.KeyPEM)+"planted-value-40\n", dir, "jobs", id, "logs", "supernode_log.txt")
 	for i := range maxFiles + 5 {
-		write(t, all(ss), dir, site.RunnerLogs, string(job.NewID(time.Now().Add(time.Duration(-i)*time.Hour)))+".log")
+		write(t, all(ss), dir, site.RunnerLogs, string(job.NewID(time.Now().Add(-time.Duration(i+1)*24*time.Hour)))+".log")
 	}
-	b, err := Collect(t.Context(), Options{Kind: "site", Dir: dir, Job: id[:12], Now: time.Now()})
+	b, err := Collect(t.Context(), Options{Kind: "site", Dir: dir, Job: id[:16], Now: time.Now()})
 	must(t, err)
 	path := filepath.Join(t.TempDir(), "b.tar.gz")
 	must(t, b.Write(path))

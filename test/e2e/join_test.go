@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -98,6 +99,22 @@ func TestFromNothing(t *testing.T) {
 		t.Errorf("a context that is there: %s", diag)
 	}
 
+	// Everything that was made by these commands is well, at each of its ends, and says so.
+	for _, dir := range []string{hubDir, filepath.Join(root, "st-anna")} {
+		if out, _ := operator.does(0, "doctor", "--dir", dir); !strings.Contains(out, "runs, version ") || !strings.Contains(out, "\n  0 errors, ") {
+			t.Errorf("%s", out)
+		}
+	}
+	if out, _ := maria.does(0, "doctor", "--context", "clinic"); !strings.Contains(out, "the hub answers at "+addr) {
+		t.Errorf("%s", out)
+	}
+	if out, _ := operator.does(0, "site", "status", "--dir", filepath.Join(root, "charite"), "--json"); !strings.Contains(out, `"connected":true`) {
+		t.Errorf("%s", out)
+	}
+	if out, _ := operator.does(0, "hub", "status", "--dir", hubDir, "--metrics"); !strings.Contains(out, "\npergola_site_connected{site=\"st-anna\"} 1\n") {
+		t.Errorf("%s", out)
+	}
+
 	// A token that is over, one of a hub with another authority, and one whose secret nobody gave out.
 	over := token("user", "late", "--ttl", "1s")
 	tok, err := enrol.Parse(token("user", "eve"), pki.KindUser)
@@ -134,6 +151,19 @@ func TestFromNothing(t *testing.T) {
 	out, diag := maria.does(0, "submit", app, "--flwr", oldest, "--wait")
 	if !strings.Contains(out, "succeeded") || !strings.Contains(diag, "st-anna is ready") {
 		t.Errorf("%s\n%s", out, diag)
+	}
+	// What helpers need to see of that job.
+	out, _ = maria.does(0, "jobs", "--json")
+	var first []struct {
+		ID string `json:"id"`
+	}
+	if err := json.Unmarshal([]byte(out), &first); err != nil || len(first) != 1 {
+		t.Fatalf("%v: %s", err, out)
+	}
+	operator.does(0, "support-bundle", "--dir", hubDir, "--job", first[0].ID, "-o", filepath.Join(root, "b.tar.gz"))
+	packed, err := exec.Command("tar", "xzOf", filepath.Join(root, "b.tar.gz"), "b/jobs.json", "b/process/status.json", "b/job-"+first[0].ID+"/events.jsonl").CombinedOutput()
+	if text := string(packed); err != nil || !strings.Contains(text, `"maria"`) || !strings.Contains(text, `"succeeded"`) || !strings.Contains(text, "program-started") {
+		t.Errorf("%v: %s", err, packed)
 	}
 	out, _ = operator.does(0, "jobs", "--json")
 	var js []struct {

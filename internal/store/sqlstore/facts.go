@@ -72,7 +72,7 @@ func (f *Facts) Read(ctx context.Context, db *sql.DB, migrations fs.FS) error {
 			over = append(over, "'"+string(st)+"'")
 		}
 	}
-	ids, err := db.QueryContext(ctx, fmt.Sprintf("SELECT id, bundle FROM job WHERE state NOT IN (%s) ORDER BY id LIMIT %d", //nolint:gosec // words of this package
+	ids, err := db.QueryContext(ctx, fmt.Sprintf("SELECT id, bundle FROM job WHERE state NOT IN (%s) ORDER BY id LIMIT %d",
 		strings.Join(over, ", "), maxFacts))
 	if err != nil {
 		return err
