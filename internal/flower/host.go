@@ -1,9 +1,11 @@
 package flower
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -113,11 +115,51 @@ func (p *Hosted) Died() *problem.Error {
 	return died(p.program, p.log, p.Process)
 }
 
-// Installed gives what is known of an installation without asking its programs: enough for a Host.
+// Installed gives what is known of an installation without asking its programs: enough for a Host. The generation is that of the
+// version's number.
 func Installed(ctx context.Context, env Env) (*Installation, error) {
 	v, err := version(ctx, env, env.Bin)
 	if err != nil {
 		return nil, err
 	}
-	return &Installation{Version: v, Bin: env.Bin, Python: env.Python, Known: true}, nil
+	inst := &Installation{Version: v, Bin: env.Bin, Python: env.Python}
+	inst.Caps.Generation = GenHTTP
+	if major, minor, ok := releaseOf(v); ok && major == 1 {
+		for _, g := range []struct {
+			first int
+			gen   Generation
+		}{{0, GenModule}, {11, GenDriver}, {13, GenExec}, {21, GenControl}, {35, GenRuntime}, {37, GenMixed}, {40, GenHTTP}} {
+			if minor >= g.first {
+				inst.Caps.Generation = g.gen
+			}
+		}
+	}
+	inst.judge()
+	return inst, nil
+}
+
+// InstallApp puts a staged app where Flower's programs of this generation run it from, and gives that folder: from 1.13 on they unpack
+// the FAB below FLWR_HOME, with the files that belong into one and no others; before, they run the app where it lies.
+func InstallApp(inst *Installation, appDir, home string) (string, error) {
+	if inst.Caps.Generation <= GenDriver {
+		return appDir, nil
+	}
+	content, hash, err := buildFAB(appDir, inst.Caps.Generation)
+	if err != nil {
+		return "", err
+	}
+	app, err := LoadApp(appDir)
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(home, "apps", app.Publisher+"."+app.Name+"."+app.Version+"."+hash[:8])
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return "", problem.Wrap(err, codeOf(err), "make room, or choose another directory", "the app cannot be unpacked to %s", dir)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return "", problem.Wrap(err, codeOf(err), "make room, or choose another directory", "the app cannot be unpacked to %s", dir)
+	}
+	defer root.Close()
+	return dir, unpackFAB(bytes.NewReader(content), int64(len(content)), "the app's bundle", root)
 }

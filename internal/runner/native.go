@@ -48,9 +48,9 @@ func (r *runner) tryOut(ctx context.Context, p *prepared, s native.Shim) error {
 }
 
 // host makes the Host of this party's processes.
-func (r *runner) host(p *prepared, dir string) (*flower.Host, error) {
+func (r *runner) host(p *prepared) (*flower.Host, error) {
 	return flower.NewHost(flower.HostConfig{
-		Install: p.inst, Server: r.spec.IsHub(), Dir: dir, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Env: p.env, Party: r.spec.Party,
+		Install: p.inst, Server: r.spec.IsHub(), Dir: p.dir, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Env: p.env, Party: r.spec.Party,
 		OnEvent: r.event, OnLogError: r.diskError, OpenLog: r.openLog,
 	})
 }
@@ -144,7 +144,11 @@ func (r *runner) serverApp(ctx, gctx context.Context, p *prepared, hub *native.H
 	if err != nil {
 		return err
 	}
-	host, err := r.host(p, r.spec.Results)
+	host, err := r.host(p)
+	if err != nil {
+		return err
+	}
+	app, err := flower.InstallApp(p.inst, p.dir, p.home)
 	if err != nil {
 		return err
 	}
@@ -174,7 +178,7 @@ func (r *runner) serverApp(ctx, gctx context.Context, p *prepared, hub *native.H
 		return r.serverGone(gctx, hosted, err)
 	}
 	r.move(job.PartyRunning, nil)
-	res, err := hub.Run(gctx, peer, native.StartApp{Dir: p.dir, Cwd: r.spec.Results, Config: r.spec.Spec.RunConfig})
+	res, err := hub.Run(gctx, peer, native.StartApp{Dir: app, Cwd: p.dir, Config: r.spec.Spec.RunConfig})
 	if err != nil {
 		return r.serverGone(gctx, hosted, err)
 	}
@@ -276,7 +280,11 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 	if err != nil {
 		return err
 	}
-	host, err := r.host(p, p.dir)
+	host, err := r.host(p)
+	if err != nil {
+		return err
+	}
+	app, err := flower.InstallApp(p.inst, p.dir, p.home)
 	if err != nil {
 		return err
 	}
@@ -295,7 +303,7 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 	}
 	site := native.NewSite(native.SiteOptions{
 		Name: r.spec.Party, Clients: clients, Workers: workers, Isolation: isolation, Log: r.log,
-		App: native.StartApp{Dir: p.dir, Cwd: p.dir, Config: spec.RunConfig},
+		App: native.StartApp{Dir: app, Cwd: p.dir, Config: spec.RunConfig},
 		NodeConfig: func(i int) any {
 			return job.NodeConfig(spec.NodeConfigFor(r.spec.Party, first+i, spec.Partitions(r.spec.Count)))
 		},
