@@ -174,8 +174,11 @@ func (h *Hub) gatePage(next http.Handler) http.Handler {
 			id, err := pki.CertIdentity(leaf)
 			if who, ok := behind(id); err == nil && ok {
 				var leave func()
-				if _, leave, err = h.admit(r.Context(), leaf, who, func(*problem.Error) {}); err == nil {
+				switch _, leave, err = h.admit(r.Context(), leaf, who, func(*problem.Error) {}); {
+				case err == nil:
 					defer leave()
+				case problem.CodeOf(err) == problem.Unavailable:
+					err = nil // the pages are there to tell just that
 				}
 			}
 			if err != nil {

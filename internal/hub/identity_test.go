@@ -414,6 +414,7 @@ func TestRenew(t *testing.T) {
 
 // A call does not outlive the certificate that it came with, nor does a connection carry further calls.
 func TestCallsEndWithTheCertificate(t *testing.T) {
+	t.Parallel() // it waits
 	s := serve(t)
 	k := s.issued(siteA, pki.Grant{TTL: 2 * time.Second})
 	c := s.with(k)
