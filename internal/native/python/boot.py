@@ -44,7 +44,9 @@ def main() -> int:
     import_package()
     module = importlib.import_module(f"{PACKAGE}.{role}")
     status: int = module.main()
-    return status
+    exits = importlib.import_module(f"{PACKAGE}.exits")
+    exits.leave(status)
+    raise AssertionError("a process that has ended goes on")
 
 
 if __name__ == "__main__":

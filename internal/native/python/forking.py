@@ -7,7 +7,6 @@ back, so that a child that dies in the middle of a sentence breaks nothing.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import gc
 import logging
@@ -22,6 +21,7 @@ import traceback
 from collections import OrderedDict
 
 from .client import Worker
+from .exits import leave
 from .frames import Frame, Link, ProtocolError
 from .generations import CRASHED_REASON, RAISED
 from .packs import FEW, ROOM, Idle
@@ -285,8 +285,9 @@ class Template:
                 status = self._be(Link(theirs, _FDS))
         except BaseException:  # noqa: BLE001 - the template answers for it
             traceback.print_exc()
+            theirs.close()  # what tells it to
         finally:
-            _leave(status)
+            leave(status)
         raise AssertionError
 
     def _close(self) -> None:
@@ -332,18 +333,3 @@ class Template:
             if not child.ended(max(0, until - time.monotonic())):
                 os.kill(child.pid, signal.SIGKILL)
             child.reap()
-
-
-def _leave(status: int) -> None:
-    """End a child as a process of its own would: threads are waited for, and what was to run at exit runs."""
-    try:
-        if status == 0:
-            threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - there is no public name for it
-            atexit._run_exitfuncs()  # noqa: SLF001
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
-    except BaseException:  # noqa: BLE001 - the answer is given
-        traceback.print_exc()
-    finally:
-        os._exit(status)

@@ -49,6 +49,9 @@ def train(message, context):
         os.kill(os.getpid(), signal.SIGSEGV)
     if do == "sleep":
         time.sleep(float(configs["do"]["seconds"]))
+    if do == "until":
+        while not os.path.exists(configs["do"]["path"]):
+            time.sleep(0.01)
     if do == "nothing":
         return None
     if do == "leaves":

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 
@@ -141,17 +142,21 @@ class Scenarios:
         return {"replies": self.ask("nothing")[0], "after": self.echo()}
 
     def hangs(self):
-        """A timeout that is hit, with the late replies pulled later."""
-        messages = [self.message(self.nodes[0], "sleep", seconds=1.5), *[self.message(n) for n in self.nodes[1:]]]
-        begun = time.monotonic()
-        got = [told(r) for r in self.grid.send_and_receive(messages, timeout=0.5)]
-        took = time.monotonic() - begun
-        ids = list(self.grid.push_messages([self.message(self.nodes[0])]))
-        late = []
-        while not late:
-            late = list(self.grid.pull_messages(ids))
-            time.sleep(0.01)
-        return {"got": got, "took": took, "late": [told(r) for r in late]}
+        """A timeout that is hit; a message whose reply is not there yet, and is pulled later."""
+        with tempfile.TemporaryDirectory() as folder:
+            go = os.path.join(folder, "go")
+            slow, rest = self.nodes[0], self.nodes[1:]
+            got = [told(r) for r in self.grid.send_and_receive([self.message(slow, "until", path=go)], timeout=0.2)]
+            ids = list(self.grid.push_messages([self.message(slow, "until", path=go)]))
+            early = list(self.grid.pull_messages(ids))
+            fast = [told(r) for r in self.grid.send_and_receive([self.message(n) for n in rest], timeout=300)]
+            with open(go, "w"):
+                pass
+            late = []
+            while not late:
+                late = list(self.grid.pull_messages(ids))
+                time.sleep(0.01)
+        return {"got": got, "early": len(early), "fast": fast, "late": [told(r) for r in late]}
 
     def pulls(self):
         """The own loop: push, pull until all are there; pull again; pull what never was."""
