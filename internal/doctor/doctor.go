@@ -142,7 +142,8 @@ type patient struct {
 	pair    pki.Pair
 	pairErr error
 
-	status  []byte          // of the running service; nil: it does not run
+	runs    bool            // the service does
+	status  []byte          // what it says of itself; nil: it does not
 	facts   *sqlstore.Facts // of the hub's store; nil: not known
 	ways    []way
 	interp  pyenv.Interpreter

@@ -33,6 +33,7 @@ import (
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/site"
+	"github.com/pergolafl/pergola/internal/sock"
 	"github.com/pergolafl/pergola/internal/store/pgtest"
 	"github.com/pergolafl/pergola/test/chaos"
 )
@@ -429,6 +430,24 @@ func TestFaultsOfHubs(t *testing.T) {
 		h.must(os.Chmod(filepath.Join(h.hubDir, "ca.key"), 0o640))
 		finds(t, Hub(t.Context(), h.hubDir, Options{}), "directory", Error, "ca.key, which is secret", "make a new hub")
 		h.must(os.Chmod(filepath.Join(h.hubDir, "ca.key"), 0o600))
+
+		// A process that has the socket and does not answer, as one that was stopped: that it runs is known all the same.
+		held := h.hubDir + "2"
+		if out, err := exec.Command("cp", "-r", h.hubDir, held).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		ln, err := sock.Listen(filepath.Join(held, hub.MonitorSocket))
+		h.must(err)
+		defer ln.Close()
+		short, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		p := &patient{kind: KindHub, dir: held}
+		if f := service(short, p); f[0].Status != Error || !strings.Contains(f[0].Seen, "runs, but does not answer") || !p.runs {
+			t.Errorf("%+v", f)
+		}
+		if f := port(t.Context(), p); f[0].Status != OK {
+			t.Errorf("%+v", f)
+		}
 
 		// A runner of a job that the hub does not know.
 		id := string(job.NewID(time.Now()))

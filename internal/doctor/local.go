@@ -148,13 +148,16 @@ func age(d time.Duration) string {
 // service asks the hub or agent itself, if it runs.
 func service(ctx context.Context, p *patient) []Finding {
 	socket := map[string]string{KindHub: hub.MonitorSocket, KindSite: site.MonitorSocket}[p.kind]
-	_, body, err := monitor.Ask(ctx, filepath.Join(p.dir, socket), "/readyz")
+	short, cancel := context.WithTimeout(ctx, 2*monitor.CheckLimit) // within which one that is well answers
+	defer cancel()
+	_, body, err := monitor.Ask(short, filepath.Join(p.dir, socket), "/readyz")
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) {
 		return bad(Warning, "start it with: pergola "+p.kind+" --dir "+p.dir, "the %s does not run", p.role())
 	}
 	if errors.Is(err, fs.ErrPermission) {
 		return bad(Warning, "run this as its user, or as root", "the %s seems to run as another user, and cannot be asked", p.role())
 	}
+	p.runs = true
 	var r monitor.Report
 	if err == nil {
 		err = json.Unmarshal(body, &r)
@@ -182,7 +185,7 @@ func port(ctx context.Context, p *patient) []Finding {
 	if p.confErr != nil {
 		return nil
 	}
-	if p.status != nil {
+	if p.runs {
 		return good("the running hub has %s", p.hub.Listen)
 	}
 	var lc net.ListenConfig
