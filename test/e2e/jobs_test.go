@@ -105,7 +105,7 @@ func TestJobsByCommand(t *testing.T) {
 		}
 	}
 
-	out, _ := u.does(0, "submit", app, "--flwr", oldest, "--key", "once", "--json")
+	out, _ := u.does(0, "submit", app, "--engine", "flower", "--flwr", oldest, "--key", "once", "--json")
 	var j struct {
 		ID    string `json:"id"`
 		State string `json:"state"`
@@ -114,7 +114,7 @@ func TestJobsByCommand(t *testing.T) {
 		t.Fatalf("%v: %s", err, out)
 	}
 	f.jobs = append(f.jobs, job.ID(j.ID))
-	if out, _ := u.does(0, "submit", app, "--flwr", oldest, "--key", "once"); strings.TrimSpace(out) != j.ID {
+	if out, _ := u.does(0, "submit", app, "--engine", "flower", "--flwr", oldest, "--key", "once"); strings.TrimSpace(out) != j.ID {
 		t.Errorf("the same key gave another job: %s, %s", out, j.ID)
 	}
 
@@ -168,7 +168,7 @@ func TestJobsByCommand(t *testing.T) {
 	}
 
 	// Again, until its end, and once more, which is aborted.
-	out, diag := u.does(0, "submit", app, "--flwr", oldest, "--wait")
+	out, diag := u.does(0, "submit", app, "--engine", "flower", "--flwr", oldest, "--wait")
 	if !strings.Contains(out, "succeeded") || !strings.Contains(diag, "round 2") {
 		t.Errorf("submit --wait: %s\n%s", out, diag)
 	}
