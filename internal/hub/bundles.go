@@ -211,9 +211,13 @@ func (s bundleService) FinishUpload(ctx context.Context, req *pb.FinishUploadReq
 		}
 		return &pb.FinishUploadResponse{Digest: digest, SizeBytes: b.Size}, nil
 	}
-	size, err := s.check(path, digest)
+	from := path
+	if !exists(path) && exists(s.bundlePath(digest)) {
+		from = s.bundlePath(digest) // a call before this one came so far
+	}
+	size, err := s.check(from, digest)
 	if problem.CodeOf(err) == problem.BundleInvalid {
-		err = errors.Join(err, os.Remove(path)) // nothing can be made of it
+		err = errors.Join(err, os.Remove(from)) // nothing can be made of it
 	}
 	if err != nil {
 		return nil, diskProblem(err)
@@ -223,7 +227,7 @@ func (s bundleService) FinishUpload(ctx context.Context, req *pb.FinishUploadReq
 		return nil, err
 	}
 	defer release()
-	if err := os.Rename(path, s.bundlePath(digest)); err != nil {
+	if err := os.Rename(from, s.bundlePath(digest)); err != nil {
 		return nil, diskProblem(err)
 	}
 	if err := syncDir(filepath.Dir(path)); err != nil {

@@ -28,8 +28,10 @@ func (h *Hub) tail(ctx context.Context, j job.Job, ps []job.Party, req *pb.TailL
 	starts := map[string]map[string]int64{}
 	for _, p := range ps {
 		dir := h.logDir(j.ID, p.Name)
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return diskProblem(err)
+		if !j.State.Terminal() { // else they may have been removed, and stay so
+			if err := os.MkdirAll(dir, 0o700); err != nil {
+				return diskProblem(err)
+			}
 		}
 		start, err := h.begin(dir, p.Name, req)
 		if err != nil {
