@@ -96,6 +96,7 @@ soak: ## Run the whole table of faults, then every fuzz target and faults of the
 	$(GO) test ./test/e2e -run TestFaults -faults -long-faults -timeout 90m
 	$(GO) test ./test/e2e -run TestLargeParameters -big -timeout 30m
 	$(GO) test ./internal/doctor -run TestDeep -deep
+	$(GO) test ./internal/hub -run TestManyQueued -queued 10000
 	$(GO) test ./internal/native/python -every-flwr -timeout 60m
 	$(GO) test ./test/chaos -run TestSoak -timeout 0 -soak $(SOAKTIME)
 	tools/fuzz.sh $(SOAKTIME) $(filter-out ./...,$(PKG))

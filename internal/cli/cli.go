@@ -162,7 +162,7 @@ func flagError(cmd *cobra.Command, err error) error {
 	if ve, ok := errors.AsType[*pflag.InvalidValueError](err); ok {
 		kind := "a " + ve.GetFlag().Value.Type()
 		switch ve.GetFlag().Value.Type() {
-		case "int":
+		case "int", "int64":
 			kind = "a whole number"
 		case "bool":
 			kind = "true or false"

@@ -304,6 +304,9 @@ func (f *runFlags) options(app string) (localrun.Options, error) {
 		}
 		*d.to = v
 	}
+	if f.priority < -job.MaxPriority || f.priority > job.MaxPriority {
+		return o, problem.New(problem.Usage, fmt.Sprintf("choose %d to %d", -job.MaxPriority, job.MaxPriority), "--priority %d is out of range", f.priority)
+	}
 	o.Spec.Priority = f.priority
 	res, err := f.asked()
 	if err != nil {

@@ -420,8 +420,13 @@ func (s *scheduler) input() schedule.Input {
 // show gives the decision to those who ask.
 func (s *scheduler) show(d *schedule.Decision) {
 	v := view{waits: make(map[job.ID]*schedule.Wait, len(d.Waits)), active: make(map[job.ID]*schedule.Active, len(s.active)), who: make(map[job.ID]string, len(s.active))}
+	var last *schedule.Lack // jobs of one shape share what they lack, and may be many
 	for _, w := range d.Waits {
 		v.waits[w.ID] = w
+		if len(w.Lacks) == 0 || &w.Lacks[0] == last {
+			continue
+		}
+		last = &w.Lacks[0]
 		for _, l := range w.Lacks {
 			for _, id := range l.By {
 				if q := s.queued[id]; q != nil {

@@ -191,5 +191,5 @@ func (d Declared) Check() error {
 	return nil
 }
 
-// priorities are small numbers, so that nobody has to outbid anybody.
-const maxPriority = 1000
+// MaxPriority bounds the priorities of jobs, on both sides: nobody has to outbid anybody.
+const MaxPriority = 1000

@@ -299,8 +299,8 @@ func (s Spec) faults() []fault {
 	if s.Server.StopGrace > maxStopGrace {
 		add(fmt.Sprintf("%s is too long: the end of a job would take as long", s.Server.StopGrace), "give "+maxStopGrace.String()+" at most", "server", "stop-grace")
 	}
-	if s.Priority < -maxPriority || s.Priority > maxPriority {
-		add(fmt.Sprintf("%d is no priority", s.Priority), fmt.Sprintf("give %d to %d; 0 is what jobs have that say nothing", -maxPriority, maxPriority), "priority")
+	if s.Priority < -MaxPriority || s.Priority > MaxPriority {
+		add(fmt.Sprintf("%d is no priority", s.Priority), fmt.Sprintf("give %d to %d; 0 is what jobs have that say nothing", -MaxPriority, MaxPriority), "priority")
 	}
 	for _, p := range s.Exclude {
 		if _, err := path.Match(p, ""); err != nil || p == "" {

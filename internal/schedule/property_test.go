@@ -133,32 +133,25 @@ func (w *world) step(t fataler) *Decision {
 		w.in.Queued = slices.DeleteFunc(slices.Clone(w.in.Queued), func(j *Job) bool { return j.ID == x.ID })
 	}
 	// Nobody of a lower priority got what a higher one that waits could have used.
-	above := free(func(a *Active) bool {
-		return w.began[a.ID].Equal(w.in.Now) && slices.ContainsFunc(d.Start, func(p Placement) bool { return p.ID == a.ID })
-	})
+	waits := map[job.ID]*Wait{}
+	for _, x := range d.Waits {
+		waits[x.ID] = x
+	}
+	started := map[job.ID]bool{}
+	for _, s := range d.Start {
+		started[s.ID] = true
+	}
+	levels := map[int]map[string]job.Resources{} // what is free, by priority, without what lower ones have got now
 	for _, j := range w.in.Queued {
-		for _, s := range d.Start {
-			i := slices.IndexFunc(waiting, func(x *Job) bool { return x.ID == s.ID })
-			if waiting[i].Priority >= j.Priority {
-				for _, r := range waiting[i].Sites {
-					if slices.Contains(s.Sites, r.Site) {
-						for k, v := range r.Ask {
-							above[r.Site][k] -= v
-						}
-						above[r.Site]["jobs"]--
-					}
-				}
-			}
+		left := levels[j.Priority]
+		if left == nil {
+			left = free(func(a *Active) bool { return started[a.ID] && a.Priority < j.Priority })
+			levels[j.Priority] = left
 		}
-		if able(w.in.Sites, above, j) >= j.Need && !slices.ContainsFunc(d.Waits, func(x *Wait) bool { return x.ID == j.ID && (x.Joining || x.HubFull) }) &&
-			!slices.ContainsFunc(d.Waits, func(x *Wait) bool {
-				return x.ID == j.ID && slices.ContainsFunc(x.Lacks, func(l Lack) bool { return l.Kind == Held })
-			}) {
-			t.Fatalf("job %s of priority %d (%+v) waits although it could start, above %v:\n%s\nactive %d", j.ID, j.Priority, *j.Shape, above, show(d), len(w.in.Active))
+		x := waits[j.ID]
+		if able(w.in.Sites, left, j) >= j.Need && !x.Joining && !x.HubFull && !slices.ContainsFunc(x.Lacks, func(l Lack) bool { return l.Kind == Held }) {
+			t.Fatalf("job %s of priority %d (%+v) waits although it could start:\n%s", j.ID, j.Priority, *j.Shape, show(d))
 		}
-		above = free(func(a *Active) bool {
-			return w.began[a.ID].Equal(w.in.Now) && slices.ContainsFunc(d.Start, func(p Placement) bool { return p.ID == a.ID })
-		})
 	}
 	// What the hub keeps from decision to decision.
 	for _, j := range w.in.Queued {

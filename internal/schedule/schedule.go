@@ -129,7 +129,7 @@ type Lack struct {
 	Asked    int64
 	Free     int64    // of Resource, with Busy and Held
 	Has      int64    // as declared; with MaxJobs how many jobs it takes
-	By       []job.ID // who uses it; with Held, for whom it is kept
+	By       []job.ID // who uses it; with Held, for whom it is kept; 20 at most
 }
 
 // mayEnd tells whether it is worth waiting for.
@@ -264,11 +264,14 @@ func (r *room) lack(ask job.Resources) (l Lack) {
 	return l
 }
 
-// ids names those of us that have something of a resource, "" for all of them.
+// maxBy is how many users of a resource are named.
+const maxBy = 20
+
+// ids names those of us that have something of a resource, "" for all of them; not more than maxBy.
 func ids(us []user, resource string) []job.ID {
 	var out []job.ID
 	for _, u := range us {
-		if (resource == "" || u.ask[resource] > 0) && !slices.Contains(out, u.id) {
+		if len(out) < maxBy && (resource == "" || u.ask[resource] > 0) {
 			out = append(out, u.id)
 		}
 	}

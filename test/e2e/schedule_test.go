@@ -229,6 +229,7 @@ func TestQueueByCommand(t *testing.T) {
 	}
 	over(first)
 	begun(urgent)
+	anna.until("a job without devices sees none", func() bool { return slices.Equal(devicesOf("restart-"+urgent+"-site-1"), []string{""}) })
 	anna.until("the reason that a site is drained", func() bool { return strings.Contains(bob.show(gang).Reason, "site-2 is drained") })
 	if s := anna.show(second); s.State != "queued" {
 		t.Errorf("two jobs have more than the site has: %+v", s)
