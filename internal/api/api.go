@@ -320,7 +320,7 @@ func Job(j job.Job, parties []job.Party) *pb.Job {
 	out := &pb.Job{
 		Id: string(j.ID), Name: j.Name, State: string(j.State), Reason: j.Reason, Cause: Problem(j.Cause),
 		BundleDigest: j.Bundle, Submitter: j.Submitter, CreateTime: stamp(j.Created), StartTime: stamp(j.Started), EndTime: stamp(j.Ended),
-		Priority: int32(j.Spec.Priority),
+		Priority: int32(j.Spec.Priority), Engine: j.Spec.Engine, EngineWhy: j.Spec.EngineWhy,
 	}
 	for _, p := range parties {
 		out.Parties = append(out.Parties, &pb.Party{Name: p.Name, State: string(p.State), Reason: p.Reason, Cause: Problem(p.Cause), UpdateTime: stamp(p.Updated)})

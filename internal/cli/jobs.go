@@ -290,6 +290,12 @@ func showJob(w io.Writer, j *pb.Job) error {
 	if j.GetPriority() != 0 {
 		fmt.Fprintf(tw, "priority\t%d\n", j.GetPriority())
 	}
+	if j.GetEngine() != "" {
+		fmt.Fprintf(tw, "engine\t%s\n", j.GetEngine())
+		if j.GetEngineWhy() != "" {
+			fmt.Fprintf(tw, "\t%s\n", j.GetEngineWhy())
+		}
+	}
 	fmt.Fprintf(tw, "submitter\t%s\ncreated\t%s\nstarted\t%s\nended\t%s\nbundle\t%s\n", j.GetSubmitter(), when(j.GetCreateTime()), when(j.GetStartTime()), when(j.GetEndTime()), j.GetBundleDigest())
 	if c := api.FromProblem(j.GetCause()); c != nil {
 		fmt.Fprintf(tw, "cause\t%s\n\t%s\n", c.Code, strings.ReplaceAll(text(c), "\n", "\n\t"))

@@ -294,6 +294,9 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 	workers := spec.Workers
 	if workers == 0 {
 		workers = runtime.NumCPU()
+		if cpus := spec.ResourcesFor(r.spec.Party)[job.CPUs]; cpus > 0 { // the job's own share of the site
+			workers = max(1, min(workers, int(cpus)))
+		}
 	}
 	workers = min(workers, clients)
 	loaded := make(chan struct{}) // closed when a worker has the app

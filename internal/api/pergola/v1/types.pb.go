@@ -129,7 +129,10 @@ type Job struct {
 	// Higher is taken first.
 	Priority int32 `protobuf:"varint,12,opt,name=priority,proto3" json:"priority,omitempty"`
 	// Why it is in the queue, while it is.
-	Wait          *Wait `protobuf:"bytes,13,opt,name=wait,proto3" json:"wait,omitempty"`
+	Wait *Wait `protobuf:"bytes,13,opt,name=wait,proto3" json:"wait,omitempty"`
+	// How it runs, and why: native, flower, or auto where nobody has chosen.
+	Engine        string `protobuf:"bytes,15,opt,name=engine,proto3" json:"engine,omitempty"`
+	EngineWhy     string `protobuf:"bytes,16,opt,name=engine_why,json=engineWhy,proto3" json:"engine_why,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -253,6 +256,20 @@ func (x *Job) GetWait() *Wait {
 		return x.Wait
 	}
 	return nil
+}
+
+func (x *Job) GetEngine() string {
+	if x != nil {
+		return x.Engine
+	}
+	return ""
+}
+
+func (x *Job) GetEngineWhy() string {
+	if x != nil {
+		return x.EngineWhy
+	}
+	return ""
 }
 
 // Wait is why a job is in the queue.
@@ -769,7 +786,7 @@ const file_pergola_v1_types_proto_rawDesc = "" +
 	"\x05party\x18\x02 \x01(\tR\x05party\x12\x18\n" +
 	"\amessage\x18\x03 \x01(\tR\amessage\x12\x12\n" +
 	"\x04next\x18\x04 \x01(\tR\x04next\x12\x10\n" +
-	"\x03log\x18\x05 \x01(\tR\x03log\"\xe3\x03\n" +
+	"\x03log\x18\x05 \x01(\tR\x03log\"\x9a\x04\n" +
 	"\x03Job\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -786,7 +803,10 @@ const file_pergola_v1_types_proto_rawDesc = "" +
 	" \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12+\n" +
 	"\aparties\x18\v \x03(\v2\x11.pergola.v1.PartyR\aparties\x12\x1a\n" +
 	"\bpriority\x18\f \x01(\x05R\bpriority\x12$\n" +
-	"\x04wait\x18\r \x01(\v2\x10.pergola.v1.WaitR\x04wait\"\x9e\x01\n" +
+	"\x04wait\x18\r \x01(\v2\x10.pergola.v1.WaitR\x04wait\x12\x16\n" +
+	"\x06engine\x18\x0f \x01(\tR\x06engine\x12\x1d\n" +
+	"\n" +
+	"engine_why\x18\x10 \x01(\tR\tengineWhy\"\x9e\x01\n" +
 	"\x04Wait\x12\x14\n" +
 	"\x05place\x18\x01 \x01(\x05R\x05place\x12\x16\n" +
 	"\x06queued\x18\x02 \x01(\x05R\x06queued\x12&\n" +
