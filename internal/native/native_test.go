@@ -78,7 +78,11 @@ func (l *fakeLink) pair() (a, b Stream) {
 		l.t.Error(err)
 	}
 	_ = theirs.Close()
-	return stream{ours}, stream{c.(*net.UnixConn)}
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		l.t.Errorf("a socket pair has a %T", c)
+	}
+	return stream{ours}, stream{u}
 }
 
 func (l *fakeLink) openToHub(_ context.Context, target string) (Stream, error) {
@@ -327,10 +331,10 @@ func TestMessages(t *testing.T) {
 			t.Errorf("%s: %d processes were started", isolation, n)
 		}
 		w.mu.Lock()
-		defer w.mu.Unlock()
 		if len(w.batch) != 2 || w.batch[0].Replies != 9 || w.batch[0].Values["loss"] != (Stat{Mean: 1, Min: 0, Max: 2, Count: 9, sum: 9}) || w.batch[1].Values["loss"].Mean != 4 {
 			t.Errorf("%s: the replies came to %+v", isolation, w.batch)
 		}
+		w.mu.Unlock()
 	}
 }
 
