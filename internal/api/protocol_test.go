@@ -163,7 +163,7 @@ func TestOlderAndNewerServers(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			hs := &http.Server{Handler: disguised((&spoken{}).handler(), c.header)} //nolint:gosec // a test's
+			hs := &http.Server{Handler: disguised((&spoken{}).handler(), c.header)}
 			go func() { _ = hs.Serve(ln) }()
 			defer hs.Close()
 			cl := NewRunnerClient(path)

@@ -23,7 +23,7 @@ type versions struct {
 	Spoken    int                     `json:"spoken,omitempty"` // of the control protocol, with the hub
 }
 
-func (v versions) print(w io.Writer, what string) error {
+func (v versions) show(w io.Writer, what string) error {
 	if _, err := fmt.Fprintln(w, what, v.Version); err != nil {
 		return err
 	}
@@ -65,10 +65,10 @@ func newVersion(e env) *cobra.Command {
 				_, err := fmt.Fprintln(e.stdout, "pergola", own.Version)
 				return err
 			}
-			if err := own.print(e.stdout, "pergola"); err != nil || own.Hub == nil {
+			if err := own.show(e.stdout, "pergola"); err != nil || own.Hub == nil {
 				return err
 			}
-			if err := own.Hub.print(e.stdout, "hub"); err != nil {
+			if err := own.Hub.show(e.stdout, "hub"); err != nil {
 				return err
 			}
 			_, err := fmt.Fprintf(e.stdout, "spoken with the hub: version %d of the control protocol\n", own.Spoken)

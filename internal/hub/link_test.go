@@ -178,5 +178,7 @@ func TestLinkOutlivesItsCertificate(t *testing.T) {
 		t.Errorf("the link ended with %v", err)
 	}
 	_ = hub.Close() // nobody is at the other end
-	<-far
+	if err := <-far; err == nil {
+		t.Error("the hub's end of the stream ended well")
+	}
 }

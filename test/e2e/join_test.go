@@ -95,8 +95,11 @@ func TestFromNothing(t *testing.T) {
 		t.Errorf("the directory of another site: %s", diag)
 	}
 	maria.does(0, "login", mine, "--context", "clinic")
-	if _, diag := maria.does(2, "login", mine, "--context", "clinic"); !strings.Contains(diag, "have a context clinic already") {
-		t.Errorf("a context that is there: %s", diag)
+	if _, diag := maria.does(2, "login", token("user", "eva"), "--context", "clinic"); !strings.Contains(diag, "have a context clinic already") {
+		t.Errorf("a context that is there, of another user: %s", diag)
+	}
+	if _, diag := maria.does(1, "login", mine, "--context", "clinic"); !strings.Contains(diag, "was used already") {
+		t.Errorf("a token that was used: %s", diag)
 	}
 
 	// Everything that was made by these commands is well, at each of its ends, and says so.
