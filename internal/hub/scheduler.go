@@ -318,8 +318,39 @@ func (h *Hub) knownSites(ctx context.Context) (map[string]*schedule.Site, error)
 	if err != nil {
 		return nil, err
 	}
+	return h.scheduled(h.conf.Sites, ids), nil
+}
+
+// fewSites is up to how many sites are read one by one and not all at once.
+const fewSites = 32
+
+// knownOf is knownSites for those named, and perhaps others.
+func (h *Hub) knownOf(ctx context.Context, names []string) (map[string]*schedule.Site, error) {
+	if len(names) > fewSites {
+		return h.knownSites(ctx)
+	}
+	var conf []string
+	var ids []store.Identity
+	for _, n := range names {
+		if slices.Contains(h.conf.Sites, n) {
+			conf = append(conf, n)
+		}
+		i, err := h.db.Identity(ctx, string(pki.KindSite), n)
+		if problem.CodeOf(err) == problem.NotFound {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, i)
+	}
+	return h.scheduled(conf, ids), nil
+}
+
+// scheduled gives the scheduler's form of sites of hub.toml and of the store.
+func (h *Hub) scheduled(conf []string, ids []store.Identity) map[string]*schedule.Site {
 	out := map[string]*schedule.Site{}
-	for _, n := range h.conf.Sites {
+	for _, n := range conf {
 		out[n] = &schedule.Site{Name: n}
 	}
 	for _, i := range ids {
@@ -334,7 +365,7 @@ func (h *Hub) knownSites(ctx context.Context) (map[string]*schedule.Site, error)
 		}
 		out[i.Name] = x
 	}
-	return out, nil
+	return out
 }
 
 // turn learns what has changed, and decides if anything has. Next is when to do so again if nothing happens before; 0: never.
@@ -624,7 +655,7 @@ func (s *scheduler) view() view {
 
 // feasible refuses a job that its sites, as they have declared themselves, could never run.
 func (h *Hub) feasible(ctx context.Context, spec job.Spec) error {
-	sites, err := h.knownSites(ctx)
+	sites, err := h.knownOf(ctx, spec.Sites)
 	if err != nil {
 		return err
 	}

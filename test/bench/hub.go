@@ -127,8 +127,9 @@ type hubFigures struct {
 	heard   float64       // messages to other sites for each such job
 	back    time.Duration // until all sites were back after the hub was killed and started again
 
-	jobs      int     // the rest only with the most sites
-	rate      float64 // submissions in a second
+	jobs      int           // the rest only with the most sites
+	rate      float64       // submissions in a second
+	each      time.Duration // CPU of the hub for one of them
 	page      []time.Duration
 	filtered  []time.Duration // pages by state
 	busy      float64         // percent of a core, idle with the queue
@@ -143,7 +144,7 @@ type simulated struct {
 
 	heard atomic.Int64 // messages
 	first chan struct{}
-	news  func(*simulated, *pb.DesiredParty) // a party that is to be up, each time it is told
+	news  func() // is called when it hears of a job for the first time; nil: not
 }
 
 // hubHouse is one hub and who is connected.
@@ -205,6 +206,7 @@ func measureHub(ctx context.Context, o hubOptions, dir string, n int, queue bool
 	if fig.idle, fig.memory, err = h.idle(ctx, o.idle); err != nil {
 		return fig, err
 	}
+	fmt.Fprintf(stderr, "  idle: %.1f MiB, %.2f %% CPU\n", float64(fig.memory)/(1<<20), fig.idle)
 	if err := h.starts(ctx, &fig); err != nil {
 		return fig, err
 	}
@@ -464,14 +466,15 @@ func (s *simulated) follow(ctx context.Context, first func()) {
 		}
 		s.heard.Add(1)
 		for _, p := range m.GetParties() {
-			if known[p.GetJobId()] == p.GetDesired() {
+			before, heard := known[p.GetJobId()]
+			if heard && before == p.GetDesired() {
 				continue
+			}
+			if !heard && s.news != nil {
+				s.news()
 			}
 			known[p.GetJobId()] = p.GetDesired()
 			if p.GetDesired() == pb.Desired_DESIRED_UP {
-				if s.news != nil {
-					s.news(s, p)
-				}
 				continue
 			}
 			if err := s.done(ctx, p); err != nil {
@@ -514,7 +517,7 @@ func (h *hubHouse) starts(ctx context.Context, fig *hubFigures) error {
 	var want []string
 	for _, s := range h.sites[:3] {
 		want = append(want, s.name)
-		s.news = func(*simulated, *pb.DesiredParty) { heard <- time.Now() }
+		s.news = func() { heard <- time.Now() }
 	}
 	others := func() (n int64) {
 		for _, s := range h.sites[3:] {
@@ -539,7 +542,8 @@ func (h *hubHouse) starts(ctx context.Context, fig *hubFigures) error {
 			select {
 			case last = <-heard:
 			case <-time.After(time.Minute):
-				return errors.New("a job's sites never heard of it")
+				j, err := h.users[0].Jobs.GetJob(ctx, &pb.GetJobRequest{Id: id})
+				return fmt.Errorf("a job's sites never heard of it: it is %s, %s (%w)", j.GetJob().GetState(), j.GetJob().GetReason(), err)
 			case <-ctx.Done():
 				return ctx.Err()
 			}
@@ -569,6 +573,10 @@ func (h *hubHouse) starts(ctx context.Context, fig *hubFigures) error {
 // queue submits jobs that stay in the queue, and lists them.
 func (h *hubHouse) queue(ctx context.Context, o hubOptions, fig *hubFigures, stderr io.Writer) error {
 	fig.jobs = o.jobs
+	before, err := h.cpu()
+	if err != nil {
+		return err
+	}
 	began := time.Now()
 	g, gctx := errgroup.WithContext(ctx)
 	var next atomic.Int64
@@ -586,6 +594,11 @@ func (h *hubHouse) queue(ctx context.Context, o hubOptions, fig *hubFigures, std
 		return err
 	}
 	fig.rate = float64(o.jobs) / time.Since(began).Seconds()
+	after, err := h.cpu()
+	if err != nil {
+		return err
+	}
+	fig.each = (after - before) / time.Duration(o.jobs)
 	fmt.Fprintf(stderr, "  %d jobs submitted, %.0f a second\n", o.jobs, fig.rate)
 	list := func(req *pb.ListJobsRequest) (all []time.Duration, err error) {
 		n := 0
@@ -609,7 +622,6 @@ func (h *hubHouse) queue(ctx context.Context, o hubOptions, fig *hubFigures, std
 		return all, nil
 	}
 	h.quiet(ctx)
-	var err error
 	if fig.page, err = list(&pb.ListJobsRequest{Limit: 100}); err != nil {
 		return err
 	}
@@ -645,7 +657,7 @@ func reportHub(w io.Writer, o hubOptions, all []hubFigures) bool {
 	_ = tw.Flush() // to a terminal or a file; nobody could be told
 	last := all[len(all)-1]
 	at := func(ds []time.Duration, q float64) time.Duration { return ds[int(math.Ceil(q*float64(len(ds))))-1] }
-	fmt.Fprintf(w, "\nthe queue, with %d sites connected: %d jobs, %.0f submissions a second by %d users at once\n", last.sites, last.jobs, last.rate, o.users)
+	fmt.Fprintf(w, "\nthe queue, with %d sites connected: %d jobs, %.0f submissions a second by %d users at once, %.1f ms of the hub's CPU each\n", last.sites, last.jobs, last.rate, o.users, last.each.Seconds()*1e3)
 	for _, l := range []struct {
 		what string
 		ds   []time.Duration
