@@ -73,10 +73,8 @@ func (db *DB) CreateJob(ctx context.Context, j job.Job, sites []string) (job.Job
 			j.ID, j.Name, j.Key, j.Submitter, j.Bundle, j.State, j.Reason, string(spec), nanos(j.Created), j.Spec.Priority); err != nil {
 			return nil, err
 		}
-		for i, name := range append([]string{job.HubParty}, sites...) {
-			if err := insertParty(ctx, tx, j.ID, i, name, j.Created); err != nil {
-				return nil, err
-			}
+		if err := insertParties(ctx, tx, j.ID, 0, append([]string{job.HubParty}, sites...), j.Created); err != nil {
+			return nil, err
 		}
 		return []job.ID{j.ID}, insertEvent(ctx, tx, j.ID, "", job.KindJobState, job.JobState{To: j.State, Reason: j.Reason}, j.Created)
 	})
@@ -268,7 +266,7 @@ func (db *DB) AddParty(ctx context.Context, id job.ID, site string) error {
 		if j.State.Terminal() {
 			return false, problem.New(problem.Usage, "submit it again", "job %s is over and takes no further site", id)
 		}
-		return true, insertParty(ctx, tx, id, pos, site, time.Now())
+		return true, insertParties(ctx, tx, id, pos, []string{site}, time.Now())
 	})
 }
 
@@ -475,10 +473,23 @@ func openStates() (list string, args []any) {
 	return "(?" + strings.Repeat(", ?", len(args)-1) + ")", args
 }
 
-func insertParty(ctx context.Context, tx *txn, id job.ID, pos int, name string, now time.Time) error {
-	_, err := tx.ExecContext(ctx, "INSERT INTO party (job, pos, name, state, reason, cause, updated) VALUES (?, ?, ?, ?, '', '', ?)",
-		id, pos, name, job.PartyAbsent, nanos(now))
-	return err
+// insertAtOnce is how many parties one statement stores: databases bound the number of arguments.
+const insertAtOnce = 500
+
+// insertParties adds absent parties, the first at position pos.
+func insertParties(ctx context.Context, tx *txn, id job.ID, pos int, names []string, now time.Time) error {
+	for chunk := range slices.Chunk(names, insertAtOnce) {
+		args := make([]any, 0, 5*len(chunk))
+		for _, name := range chunk {
+			args = append(args, id, pos, name, job.PartyAbsent, nanos(now))
+			pos++
+		}
+		const one = "(?, ?, ?, ?, '', '', ?)"
+		if _, err := tx.ExecContext(ctx, "INSERT INTO party (job, pos, name, state, reason, cause, updated) VALUES "+one+strings.Repeat(", "+one, len(chunk)-1), args...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func noJob(id job.ID) error {
