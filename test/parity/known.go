@@ -20,9 +20,16 @@ type known struct {
 }
 
 var differences = []known{
-	{check: clientSettings, until: 13, reason: "flwr 1.11 and 1.12 give a client app that is run from its directory no run config; with Pergola it has the app's, with the overrides"},
-	{app: "probe", check: "run config", until: 13, reason: "flwr 1.11 and 1.12 give a client app that is run from its directory no run config; with Pergola it has the app's, with the overrides"},
+	{check: clientSettings, until: 13, reason: oldRunConfig},
+	{app: "probe", check: "run config", until: 13, reason: oldRunConfig},
+	{app: "probe", check: "arguments", engine: nativeEngine, shows: `{"some": false}`, reason: "the arguments of Flower's programs are addresses and tokens of processes that there are none of here; an app sees the program's name alone"},
+	{app: "probe", check: "environment: FLWR_*", shows: `{"names": ["FLWR_DISABLE_UPDATE_CHECK", "FLWR_HOME", "FLWR_TELEMETRY_ENABLED"]}`, reason: "Pergola keeps Flower's programs from asking for newer releases of themselves"},
+	{app: "probe", check: "signals", engine: nativeEngine, shows: `{"INT": "default_int_handler"}`, reason: "Flower's programs take SIGINT to leave their SuperLink in order; here a process is ended by its runner, and an app finds Python's own handlers"},
+	{app: "probe", check: "place of the app", engine: nativeEngine, shows: `{"file": "elsewhere/package/look.py"}`, reason: "the app is not packed into a FAB, so it lies in the folder of its party and not below FLWR_HOME; its files lie together as they do there"},
+	{app: "probe", check: "run", engine: nativeEngine, shows: `{"hash": 0}`, reason: "there is no FAB, so its hash is empty"},
 }
+
+const oldRunConfig = "flwr 1.11 and 1.12 give a client app that is run from its directory no run config; with Pergola it has the app's, with the overrides"
 
 // mark notes the reason of each difference that is a known one, and gives how many are not.
 func mark(app, engine, version string, diffs []difference) (open int) {

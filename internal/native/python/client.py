@@ -19,6 +19,19 @@ from .readings import numbers, round_of
 LOAD_REASON = "An exception was raised when attempting to load `ClientApp`"  # Flower's, in each generation
 
 
+# Names of records in a state that no app has: what a message has changed of the rest of its context.
+NODE_CONFIG, RUN_CONFIG = "pergola.node-config", "pergola.run-config"
+
+
+def _configs(state: Any) -> Any:
+    """Give the mapping that takes config records: before 1.18 a state is no mapping by itself."""
+    return state if hasattr(state, "items") else state.configs_records
+
+
+def _typed(values: Any) -> dict[str, Any]:
+    return {k: (type(v), v) for k, v in values.items()}
+
+
 def hello(role: str) -> Frame:
     """Make the first frame."""
     return Frame(
@@ -81,7 +94,8 @@ class Worker:
         self.gen.set_identity(self.run_id, node, head.get("task", 0))
         message = self.codec.decode(frame.proto, *self._beside(frame))
         state = self.codec.decode_state(frame.state, *self._beside_state(frame))
-        context = self.gen.context(self.run_id, node, dict(head.get("node_config") or {}), state, dict(self.run_config))
+        given = {NODE_CONFIG: head.get("node_config") or {}, RUN_CONFIG: self.run_config}
+        context = self.gen.context(self.run_id, node, *self._settings(state, given))
         answer: dict[str, Any] = {"t": "reply", "id": head["id"], "node": node, "type": message.metadata.message_type}
         self._note(answer, "round", lambda: round_of(self.gen, message))
         begun = time.perf_counter()
@@ -112,7 +126,7 @@ class Worker:
         if kept:
             answer["kept"] = True
         else:
-            self._put_state(out, context.state)
+            self._put_state(out, context, given)
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
@@ -148,9 +162,18 @@ class Worker:
             out.head.setdefault("fds", []).append(out.head[pack])
             out.fds.append(fd)
 
-    def _put_state(self, out: Frame, state: Any) -> None:
+    def _settings(self, state: Any, given: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+        """Give node config, state and run config as the node's last message has left them: under Flower the whole context goes on."""
+        left = _configs(state)
+        node, run = (dict(left.pop(name)) if name in left else dict(values) for name, values in given.items())
+        return node, state, run
+
+    def _put_state(self, out: Frame, context: Any, given: dict[str, dict[str, Any]]) -> None:
         try:
-            out.state, blobs = self.codec.encode_state(state)
+            for name, values in ((NODE_CONFIG, context.node_config), (RUN_CONFIG, context.run_config)):
+                if _typed(values) != _typed(given[name]):
+                    _configs(context.state)[name] = self.gen.ConfigRecord(dict(values))
+            out.state, blobs = self.codec.encode_state(context.state)
         except Exception as e:  # noqa: BLE001 - an app may have put anything there; Flower's process would end
             _logger().error("the context's state cannot be kept", exc_info=e)
             out.head["kept"] = True
