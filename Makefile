@@ -95,6 +95,7 @@ fuzz: ## Run every fuzz target for FUZZTIME
 soak: ## Run the whole table of faults, then every fuzz target and faults of the link by random seeds, for SOAKTIME each
 	$(GO) test ./test/e2e -run TestFaults -faults -long-faults -timeout 90m
 	$(GO) test ./test/e2e -run TestLargeParameters -big -timeout 30m
+	$(GO) test ./test/parity -run TestEngines -whole -timeout 90m
 	$(GO) test ./internal/doctor -run TestDeep -deep
 	$(GO) test ./internal/hub -run TestManyQueued -queued 10000
 	$(GO) test ./internal/native/python -every-flwr -timeout 60m
@@ -102,8 +103,8 @@ soak: ## Run the whole table of faults, then every fuzz target and faults of the
 	tools/fuzz.sh $(SOAKTIME) $(filter-out ./...,$(PKG))
 
 .PHONY: bench
-bench: build needs ## Compare with plain Flower, the same app both ways, in turn (BENCH="--help"); then bench-hub
-	$(GO) run ./test/bench --pergola bin/pergola $(BENCH)
+bench: build needs ## Compare with plain Flower in one run: both engines, small and large models, many clients (BENCH="small --quick"); then bench-hub
+	$(GO) run ./test/bench $(or $(BENCH),all)
 	$(if $(BENCH),,$(GO) run ./test/bench hub --pergola bin/pergola)
 
 .PHONY: bench-link
@@ -115,7 +116,7 @@ bench-hub: build ## Measure a hub with 10, 100 and 1,000 sites and 10,000 queued
 	$(GO) run ./test/bench hub --pergola bin/pergola $(BENCH)
 
 .PHONY: parity
-parity: build needs ## Compare numbers with plain Flower, version by version (PARITY="--only 1.30.0"); writes docs/flower-versions.md
+parity: build needs ## Compare with plain Flower, engine by engine and version by version (PARITY="--only 1.30.0"); writes docs/parity.md and docs/flower-versions.md
 	$(GO) run ./test/parity --pergola bin/pergola $(PARITY)
 
 .PHONY: clean
