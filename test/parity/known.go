@@ -26,10 +26,15 @@ var differences = []known{
 	{app: "probe", check: "environment: FLWR_*", shows: `{"names": ["FLWR_DISABLE_UPDATE_CHECK", "FLWR_HOME", "FLWR_TELEMETRY_ENABLED"]}`, reason: "Pergola keeps Flower's programs from asking for newer releases of themselves"},
 	{app: "probe", check: "signals", engine: nativeEngine, shows: `{"INT": "default_int_handler"}`, reason: "Flower's programs take SIGINT to leave their SuperLink in order; here a process is ended by its runner, and an app finds Python's own handlers"},
 	{app: "probe", check: "place of the app", engine: nativeEngine, shows: `{"file": "elsewhere/package/look.py"}`, reason: "the app is not packed into a FAB, so it lies in the folder of its party and not below FLWR_HOME; its files lie together as they do there"},
+	{app: "exits", check: numbersCheck, engine: nativeEngine, until: 30, reason: oldExits},
+	{app: "exits", check: aggregatesCheck, engine: nativeEngine, until: 30, reason: oldExits},
+	{app: "stateful", check: numbersCheck, engine: nativeEngine, until: 13, shows: `{"fresh": true}`, reason: "the supernode of flwr 1.12 gives the same Context object to each message; the native engine makes a new one from its state, as every later release does"},
 	{app: "probe", check: "run", engine: nativeEngine, shows: `{"hash": 0}`, reason: "there is no FAB, so its hash is empty"},
 }
 
 const oldRunConfig = "flwr 1.11 and 1.12 give a client app that is run from its directory no run config; with Pergola it has the app's, with the overrides"
+
+const oldExits = "before flwr 1.30 a node whose client app ended its process answers no more, or with an error of Flower's own making; the native engine answers at once with an error, and the node's next message by a new process"
 
 // mark notes the reason of each difference that is a known one, and gives how many are not.
 func mark(app, engine, version string, diffs []difference) (open int) {

@@ -29,6 +29,7 @@ class Client(NumPyClient):
 
 class Larger(FedAvg):
     def configure_fit(self, server_round, parameters, client_manager):
+        client_manager.wait_for(2)
         record("server", at="configure", round=server_round, available=client_manager.num_available())
         plan = []
         for proxy in client_manager.sample(2, min_num_clients=2):

@@ -86,8 +86,6 @@ def main(grid, context):
     replies += pull(grid, set(ids) - {answered(r) for r in replies}, 1)
     record("server", at="both", found=found(replies))
 
-    for _ in range(2):  # one after the other, with an empty list and without a group
-        record("server", at="nothing", replies=len(list(grid.send_and_receive([], timeout=1.0))))
     replies = []
     for node in nodes:
         replies += grid.send_and_receive([grid.create_message(configs(step="alone", gate=""), "query", node, "")], timeout=300.0)
