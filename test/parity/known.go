@@ -38,13 +38,14 @@ const oldExits = "before flwr 1.30 a node whose client app ended its process ans
 
 // mark notes the reason of each difference that is a known one, and gives how many are not.
 func mark(app, engine, version string, diffs []difference) (open int) {
-	for i, d := range diffs {
+	for i := range diffs {
+		d := &diffs[i]
 		for _, k := range differences {
-			if k.fits(app, engine, version, d) {
-				diffs[i].Known = k.reason
+			if k.fits(app, engine, version, *d) {
+				d.Known = k.reason
 			}
 		}
-		if diffs[i].Known == "" {
+		if d.Known == "" {
 			open++
 		}
 	}
