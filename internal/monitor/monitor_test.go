@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -23,26 +24,29 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 func TestCached(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := NewGroup(t.Context())
-		loads, hang, fail := 0, false, error(nil)
-		c := NewCached(g, time.Minute, 2*time.Second, func(ctx context.Context) (int, error) {
-			loads++
-			n := loads
-			if hang {
+		var loads atomic.Int64
+		var hang, fail atomic.Bool
+		c := NewCached(g, time.Minute, 2*time.Second, func(ctx context.Context) (int64, error) {
+			n := loads.Add(1)
+			if hang.Load() {
 				<-ctx.Done()
 				time.Sleep(time.Hour) // as what is stuck in the kernel, it does not even heed its context
 				return 0, ctx.Err()
 			}
-			return n, fail
+			if fail.Load() {
+				return 0, errors.New("no")
+			}
+			return n, nil
 		})
 		if _, ok := c.Peek(); ok {
 			t.Error("there is a value before any load")
 		}
-		want := func(what string, v int, failed bool, took time.Duration, times int) {
+		want := func(what string, v int64, failed bool, took time.Duration, times int64) {
 			t.Helper()
 			began := time.Now()
 			got, err := c.Get(t.Context())
-			if got != v || (err != nil) != failed || time.Since(began) != took || loads != times {
-				t.Errorf("%s: %d, %v after %s and %d loads; want %d, an error %v, after %s and %d loads", what, got, err, time.Since(began), loads, v, failed, took, times)
+			if got != v || (err != nil) != failed || time.Since(began) != took || loads.Load() != times {
+				t.Errorf("%s: %d, %v after %s and %d loads; want %d, an error %v, after %s and %d loads", what, got, err, time.Since(began), loads.Load(), v, failed, took, times)
 			}
 		}
 		synctest.Wait()
@@ -51,11 +55,11 @@ func TestCached(t *testing.T) {
 		time.Sleep(time.Minute)
 		want("when it is stale", 2, false, 0, 2)
 		time.Sleep(time.Minute)
-		fail = errors.New("no")
+		fail.Store(true)
 		want("a load that fails", 2, true, 0, 3)
 		want("failed a moment ago", 2, true, 0, 3)
 		time.Sleep(time.Minute)
-		hang = true
+		hang.Store(true)
 		want("a load that hangs", 2, true, 2*time.Second, 4)
 		want("which still hangs", 2, true, 2*time.Second, 4)
 		if v, ok := c.Peek(); v != 2 || !ok {
@@ -67,7 +71,8 @@ func TestCached(t *testing.T) {
 		if _, err := c.Get(ctx); !errors.Is(err, context.DeadlineExceeded) || time.Since(began) != time.Second {
 			t.Errorf("a caller with less patience: %v after %s", err, time.Since(began))
 		}
-		hang, fail = false, nil
+		hang.Store(false)
+		fail.Store(false)
 		time.Sleep(time.Hour + time.Minute)
 		want("when that is over", 5, false, 0, 5)
 		time.Sleep(time.Minute)
