@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 sys.path.insert(0, str(HERE.parent))
@@ -12,4 +14,11 @@ sys.path.insert(0, str(HERE.parent))
 import boot  # noqa: E402
 
 boot.import_package()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Say what the marks mean."""
+    config.addinivalue_line("markers", "once: has nothing to do with the version of Flower, so that one of them is enough")
+
+
 sys.path.remove(str(HERE.parent))

@@ -14,6 +14,8 @@ import pytest
 from _pergola_native import packs
 from _pergola_native.frames import MAX_HEAD, Frame, Link, ProtocolError
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Link, socket.socket]]:

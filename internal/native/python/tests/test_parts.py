@@ -103,6 +103,7 @@ def test_what_the_app_has_not_seeded_is_seeded_afresh(name: str, app: Any, fresh
     ] == fresh
 
 
+@pytest.mark.once
 def test_torch_is_seeded_afresh_unless_the_app_did(monkeypatch: pytest.MonkeyPatch) -> None:
     seeded: list[bool] = []
     for initial, want in ((1 << 52, [True]), (42, [])):
@@ -174,6 +175,7 @@ def test_the_self_check_passes(gen: Generation) -> None:
     assert p.stderr == ""
 
 
+@pytest.mark.once
 def test_the_self_check_says_why_it_fails() -> None:
     """Each thing that the engine takes from Flower, made to behave in another way, is noticed."""
     code = f"""
@@ -193,6 +195,7 @@ sys.exit(check.main())
         assert p.returncode == 0 and said["ok"] is False and why in said["why"], (patch, said, p.stderr)
 
 
+@pytest.mark.once
 def test_usage() -> None:
     for args in ((), ("worker",), ("server", "x")):
         p = run(*args)
