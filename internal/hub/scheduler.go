@@ -68,11 +68,10 @@ type scheduler struct {
 // waiting is a job that has not started.
 type waiting struct {
 	schedule.Job
-	limit  job.Duration // its wait-timeout
-	queued bool         // it is in that state already
-	told   string       // schedule.Wait.Key of what people were told last
-	at     time.Time    // when they were told by an event
-	known  bool         // that told is so
+	queued bool      // it is in that state already
+	told   string    // schedule.Wait.Key of what people were told last
+	at     time.Time // when they were told by an event
+	known  bool      // that told is so
 }
 
 // running is a job that prepares, runs or ends.
@@ -213,7 +212,7 @@ func (s *scheduler) take(j job.Job, ps []job.Party) {
 				ID: j.ID, Submitter: j.Submitter, Priority: j.Spec.Priority, Since: s.hub.since(j.Created), Shape: s.shape(j.Spec),
 				JoinWait: wait.Std(), Limit: j.Spec.WaitTimeout.Std(),
 			},
-			limit: j.Spec.WaitTimeout, queued: j.State == job.Queued,
+			queued: j.State == job.Queued,
 		}
 	default:
 		s.queued[j.ID].queued = j.State == job.Queued

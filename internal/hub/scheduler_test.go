@@ -309,14 +309,14 @@ func (k *killed) Append(ctx context.Context, e job.Event, seq int64) (n int64, d
 
 // Whenever the hub is killed, the next one goes on with the queue: no job is lost or started twice, and nothing is given to two.
 func TestHubIsKilledWithAFullQueue(t *testing.T) {
-	real, err := sqlite.Open(t.Context(), filepath.Join(t.TempDir(), DatabaseFile))
+	stored, err := sqlite.Open(t.Context(), filepath.Join(t.TempDir(), DatabaseFile))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer real.Close()
+	defer stored.Close()
 	for n := 1; n < 16; n++ {
 		for _, before := range []bool{true, false} {
-			b := newBench(t, real)
+			b := newBench(t, stored)
 			late := b.submitAs("bob", job.Spec{Sites: []string{"a", "b"}, MinSites: 1, JoinWait: job.Duration(1), Site: job.Site{Resources: job.Resources{job.CPUs: 1}}})
 			b.h.siteDown("b")
 			b.look()
@@ -324,14 +324,14 @@ func TestHubIsKilledWithAFullQueue(t *testing.T) {
 			b.look()
 			b.is([]job.ID{late})
 			all := []job.ID{b.submit("ann", 3, "a"), b.submit("ann", 4, "a", "b"), b.submit("cid", 3, "b")}
-			k := &killed{Store: real, left: n, before: before}
+			k := &killed{Store: stored, left: n, before: before}
 			b.db = k
 			b.hub("me")
 			died := b.turn()
 			if died != nil && !errors.Is(died, errKilled) {
 				t.Fatal(died)
 			}
-			b.db = real
+			b.db = stored
 			b.hub("me")
 			for step := 0; step < 20; step++ {
 				b.look()
@@ -354,7 +354,7 @@ func TestHubIsKilledWithAFullQueue(t *testing.T) {
 				}
 			}
 			for i, id := range append(all, late) {
-				es, err := real.Events(t.Context(), id, 0, 1000)
+				es, err := stored.Events(t.Context(), id, 0, 1000)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -395,12 +395,12 @@ func (r *reads) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
 
 // Jobs that wait cost no goroutine, and no event has all of them read again.
 func TestManyQueued(t *testing.T) {
-	real, err := sqlite.Open(t.Context(), filepath.Join(t.TempDir(), DatabaseFile))
+	stored, err := sqlite.Open(t.Context(), filepath.Join(t.TempDir(), DatabaseFile))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer real.Close()
-	counting := &reads{Store: real}
+	defer stored.Close()
+	counting := &reads{Store: stored}
 	b := newBench(t, counting)
 	first := b.submit("ann", 4, "a")
 	b.look()
@@ -428,7 +428,7 @@ func TestManyQueued(t *testing.T) {
 	}
 	counting.jobs = 0
 	for range 50 {
-		if _, _, err := real.Append(t.Context(), job.Event{Job: first, Kind: job.KindProgress}, 0); err != nil {
+		if _, _, err := stored.Append(t.Context(), job.Event{Job: first, Kind: job.KindProgress}, 0); err != nil {
 			t.Fatal(err)
 		}
 		b.look()

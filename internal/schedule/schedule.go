@@ -215,7 +215,7 @@ func (r *room) keep(ask job.Resources, id job.ID) {
 // lack says why the site cannot take what is asked for now; no kind if it can.
 func (r *room) lack(ask job.Resources) (l Lack) {
 	l.Site = r.Name
-	if r.Site.Removed {
+	if r.Removed {
 		l.Kind = Removed
 		return l
 	}
@@ -233,7 +233,7 @@ func (r *room) lack(ask job.Resources) (l Lack) {
 		}
 	}
 	switch {
-	case r.Site.Drained:
+	case r.Drained:
 		l.Kind = Drained
 	case !r.Up:
 		l.Kind = Away
@@ -435,7 +435,14 @@ type lines struct{ ls []*line }
 
 func (b *lines) Len() int      { return len(b.ls) }
 func (b *lines) Swap(i, j int) { b.ls[i], b.ls[j] = b.ls[j], b.ls[i] }
-func (b *lines) Push(x any)    { b.ls = append(b.ls, x.(*line)) }
+
+// Push is for heap.Interface; the lines are all there from the start.
+func (b *lines) Push(x any) {
+	if l, ok := x.(*line); ok {
+		b.ls = append(b.ls, l)
+	}
+}
+
 func (b *lines) Pop() any {
 	l := b.ls[len(b.ls)-1]
 	b.ls = b.ls[:len(b.ls)-1]

@@ -109,7 +109,7 @@ func memory(root string) int64 {
 	if unix.Sysinfo(&si) != nil {
 		return 0
 	}
-	n := int64(si.Totalram) * int64(max(si.Unit, 1)) //nolint:unconvert // the types differ by architecture
+	n := int64(si.Totalram) * int64(max(si.Unit, 1))
 	b, err := os.ReadFile(filepath.Join(root, "proc/self/cgroup"))
 	if err != nil {
 		return n
