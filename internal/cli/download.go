@@ -16,7 +16,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/dustin/go-humanize"
+	human "github.com/dustin/go-humanize" //nolint:misspell // its name
 	"github.com/spf13/cobra"
 
 	"github.com/pergolafl/pergola/internal/api"
@@ -201,7 +201,7 @@ func (d *download) fetch(ctx context.Context, dir string, files []*pb.ResultFile
 // local says what is wrong with this machine's disk.
 func (d *download) local(err error, dir string) error {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return problem.Wrap(err, problem.DiskFull, fmt.Sprintf("make room (%s in all), and repeat the command: it goes on where it was", humanize.IBytes(uint64(max(d.total, 0)))), "no space is left in %s", dir)
+		return problem.Wrap(err, problem.DiskFull, fmt.Sprintf("make room (%s in all), and repeat the command: it goes on where it was", human.IBytes(uint64(max(d.total, 0)))), "no space is left in %s", dir)
 	}
 	return problem.Wrap(err, problem.Usage, "choose another directory with --out", "cannot write to %s", dir)
 }
@@ -302,7 +302,7 @@ func (d *download) show(name string, at int64) {
 		return
 	}
 	d.shown = time.Now()
-	fmt.Fprintf(d.stderr, "\r\x1b[K%d of %d files, %s of %s: %s", d.n+1, d.count, humanize.IBytes(uint64(max(d.have+at, 0))), humanize.IBytes(uint64(max(d.total, 0))), clip(name, 40))
+	fmt.Fprintf(d.stderr, "\r\x1b[K%d of %d files, %s of %s: %s", d.n+1, d.count, human.IBytes(uint64(max(d.have+at, 0))), human.IBytes(uint64(max(d.total, 0))), clip(name, 40))
 }
 
 func (d *download) clear() {

@@ -8,7 +8,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/dustin/go-humanize"
+	human "github.com/dustin/go-humanize" //nolint:misspell // its name
 	"github.com/spf13/cobra"
 
 	"github.com/pergolafl/pergola/internal/hub"
@@ -53,7 +53,7 @@ func (f *gcFlags) show(e env, list []collected) error {
 	fmt.Fprintln(tw, "KIND\tID\tNAME\tSIZE\tSINCE\tWHY")
 	for _, r := range list {
 		sum += r.Bytes
-		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\n", r.Kind, clip(r.ID, 40), r.Name, humanize.IBytes(uint64(max(r.Bytes, 0))), r.Since.Local().Format("2006-01-02 15:04"), r.Why)
+		fmt.Fprintf(tw, "%s\t%s\t%s\t%s\t%s\t%s\n", r.Kind, clip(r.ID, 40), r.Name, human.IBytes(uint64(max(r.Bytes, 0))), r.Since.Local().Format("2006-01-02 15:04"), r.Why)
 	}
 	if err := tw.Flush(); err != nil {
 		return err
@@ -62,7 +62,7 @@ func (f *gcFlags) show(e env, list []collected) error {
 	if f.dry {
 		done = "would be removed"
 	}
-	_, err := fmt.Fprintf(e.stderr, "%d, %s: %s\n", len(list), humanize.IBytes(uint64(max(sum, 0))), done)
+	_, err := fmt.Fprintf(e.stderr, "%d, %s: %s\n", len(list), human.IBytes(uint64(max(sum, 0))), done)
 	return err
 }
 

@@ -12,7 +12,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/dustin/go-humanize"
+	human "github.com/dustin/go-humanize" //nolint:misspell // its name
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
@@ -148,7 +148,7 @@ func (s bundleService) UploadBundle(ctx context.Context, req *pb.UploadBundleReq
 	defer unlock()
 	at, data := req.GetOffset(), req.GetData()
 	if at < 0 || at+int64(len(data)) > maxPacked {
-		return nil, problem.New(problem.BundleInvalid, "leave data out of the app's directory, with exclude of [tool.pergola]", "a packed bundle may have %s at most", humanize.IBytes(maxPacked))
+		return nil, problem.New(problem.BundleInvalid, "leave data out of the app's directory, with exclude of [tool.pergola]", "a packed bundle may have %s at most", human.IBytes(maxPacked))
 	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/dustin/go-humanize"
+	human "github.com/dustin/go-humanize" //nolint:misspell // its name
 
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/job"
@@ -62,7 +62,7 @@ func (h *Hub) takeLog(ctx context.Context, j job.Job, party string, c *pb.LogChu
 	d.OnGap = func(name string, g logs.Gap, first bool) {
 		switch {
 		case c.GetSkipped() > 0 && g.To == c.GetOffset():
-			said = append(said, fmt.Sprintf("%d bytes (%s) of %s of %s were dropped there before they could be copied", g.Bytes(), humanize.IBytes(uint64(g.Bytes())), name, party))
+			said = append(said, fmt.Sprintf("%d bytes (%s) of %s of %s were dropped there before they could be copied", g.Bytes(), human.IBytes(uint64(g.Bytes())), name, party))
 		case first:
 			said = append(said, logs.QuotaReached(party, name, d.Quota))
 		}
@@ -107,7 +107,7 @@ func (c *control) tellGaps(ctx context.Context, j job.Job, ps []job.Party) {
 				n += g.Bytes()
 			}
 			first, last := gaps[name][0], gaps[name][len(gaps[name])-1]
-			c.warn(ctx, "of %s of %s, %d bytes (%s) are left out between byte %d and byte %d", name, p.Name, n, humanize.IBytes(uint64(n)), first.From, last.To)
+			c.warn(ctx, "of %s of %s, %d bytes (%s) are left out between byte %d and byte %d", name, p.Name, n, human.IBytes(uint64(n)), first.From, last.To)
 		}
 	}
 }

@@ -15,7 +15,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/dustin/go-humanize"
+	human "github.com/dustin/go-humanize" //nolint:misspell // its name
 
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/keyed"
@@ -271,7 +271,7 @@ func (c *Collector) plan(ctx context.Context) ([]Removal, error) {
 		slices.SortFunc(old, byAge)
 		r := old[0]
 		old = old[1:]
-		r.Why = fmt.Sprintf("jobs and bundles may have %s together", humanize.IBytes(uint64(limit.Bytes())))
+		r.Why = fmt.Sprintf("jobs and bundles may have %s together", human.IBytes(uint64(limit.Bytes())))
 		due(r)
 		if hex, ok := hexes[r.ID]; ok {
 			of[hex]--
@@ -351,7 +351,7 @@ func (c *Collector) remove(ctx context.Context, r Removal) (gone bool, err error
 		if err := away(filepath.Join(dir, "logs"), filepath.Join(dir, goneLogs)); err != nil {
 			return false, err
 		}
-		e, err := job.NewEvent(job.ID(r.ID), "", job.KindNote, job.Text{Message: fmt.Sprintf("the job's logs (%s) were removed: %s", humanize.IBytes(uint64(r.Bytes)), r.Why)}, c.wall())
+		e, err := job.NewEvent(job.ID(r.ID), "", job.KindNote, job.Text{Message: fmt.Sprintf("the job's logs (%s) were removed: %s", human.IBytes(uint64(r.Bytes)), r.Why)}, c.wall())
 		if err == nil {
 			_, _, err = c.db.Append(ctx, e, 0)
 		}

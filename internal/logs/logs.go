@@ -121,13 +121,13 @@ func (d Dir) Append(name string, offset, skipped int64, data []byte, times []Tim
 		return have, fmt.Errorf("append to log: %w", err)
 	}
 	seg := w.seg
-	var new []Time
+	var fresh []Time
 	for _, t := range times {
 		if t.Offset >= w.end() {
-			new = append(new, t)
+			fresh = append(fresh, t)
 		}
 	}
-	err = w.write(data[min(max(w.end()-offset, 0), int64(len(data))):], new)
+	err = w.write(data[min(max(w.end()-offset, 0), int64(len(data))):], fresh)
 	if err == nil && w.seg != seg {
 		err = d.enforce()
 	}

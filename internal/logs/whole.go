@@ -10,18 +10,18 @@ import (
 	"path/filepath"
 	"sort"
 
-	"github.com/dustin/go-humanize"
+	human "github.com/dustin/go-humanize" //nolint:misspell // its name
 )
 
 // Marker is the line that stands for bytes of a log which are not kept.
 func Marker(n int64) string {
-	return fmt.Sprintf("[pergola: %d bytes (%s) of this log are left out here]", n, humanize.IBytes(uint64(max(n, 0))))
+	return fmt.Sprintf("[pergola: %d bytes (%s) of this log are left out here]", n, human.IBytes(uint64(max(n, 0))))
 }
 
 // QuotaReached says, once, that a party's logs begin to be dropped.
 func QuotaReached(party, name string, quota int64) string {
 	return fmt.Sprintf("the logs of %s have reached their quota of %s: from here on the middle of %s is left out; its beginning and its newest lines are kept",
-		party, humanize.IBytes(uint64(max(quota, 0))), name)
+		party, human.IBytes(uint64(max(quota, 0))), name)
 }
 
 // Whole is a log as one text: its segments in order, and a Marker for each gap. It is what there was when it was opened.

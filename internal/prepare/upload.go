@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
-	"github.com/dustin/go-humanize"
+	human "github.com/dustin/go-humanize" //nolint:misspell // its name
 	"golang.org/x/sync/errgroup"
 
 	"github.com/pergolafl/pergola/internal/api"
@@ -68,7 +68,7 @@ func (u *upload) once(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	u.say("all %s of the bundle are at the hub, which looks through them", humanize.IBytes(uint64(sent)))
+	u.say("all %s of the bundle are at the hub, which looks through them", human.IBytes(uint64(sent)))
 	_, err = patiently(ctx, func() (*pb.FinishUploadResponse, error) {
 		return u.c.Bundles.FinishUpload(ctx, &pb.FinishUploadRequest{Digest: u.packed.Digest})
 	})
@@ -105,7 +105,7 @@ func (u *upload) pieces(ctx context.Context, r io.Reader, from int64, digest str
 		if err != nil {
 			return n, err
 		}
-		u.say("%s of the bundle are at the hub already", humanize.IBytes(uint64(from)))
+		u.say("%s of the bundle are at the hub already", human.IBytes(uint64(from)))
 	}
 	u.resumed = from > 0
 	buf := make([]byte, api.MaxUpload)
@@ -122,7 +122,7 @@ func (u *upload) pieces(ctx context.Context, r io.Reader, from int64, digest str
 				return at, problem.New(problem.Exists, "submit the app again", "somebody else uploads the same bundle as the same user")
 			}
 			if time.Since(u.told) > tellEvery {
-				u.say("%s of the packed bundle are at the hub", humanize.IBytes(uint64(at)))
+				u.say("%s of the packed bundle are at the hub", human.IBytes(uint64(at)))
 			}
 		}
 		switch {

@@ -16,7 +16,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/dustin/go-humanize"
+	human "github.com/dustin/go-humanize" //nolint:misspell // its name
 
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/job"
@@ -196,7 +196,7 @@ func (c *keeper) plan() ([]Removal, error) {
 		if c.keep.Size <= 0 || total <= c.keep.Size.Bytes() {
 			break
 		}
-		r.Why = fmt.Sprintf("bundles may have %s together", humanize.IBytes(uint64(c.keep.Size.Bytes())))
+		r.Why = fmt.Sprintf("bundles may have %s together", human.IBytes(uint64(c.keep.Size.Bytes())))
 		out, total = append(out, r), total-r.Bytes
 	}
 	if d := c.keep.RunnerLogs; d > 0 {

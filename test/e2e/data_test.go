@@ -329,7 +329,7 @@ func TestLargeBundle(t *testing.T) {
 				wait = false
 				break
 			}
-			if c.ProcessState.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
+			if ws, ok := c.ProcessState.Sys().(syscall.WaitStatus); !ok || ws.Signal() != syscall.SIGKILL {
 				t.Fatalf("submit: %v: %s", err, out)
 			}
 			c, out, done = submit()
