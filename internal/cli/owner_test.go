@@ -28,7 +28,11 @@ func TestKeepOwner(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return int(info.Sys().(*syscall.Stat_t).Uid)
+		st, ok := info.Sys().(*syscall.Stat_t)
+		if !ok {
+			t.Fatal("no owner is to be had")
+		}
+		return int(st.Uid)
 	}
 	if err := keepOwner(dir); err != nil || owner(filepath.Join(dir, "site.key")) != 0 {
 		t.Errorf("in root's own directory: %v, owner %d", err, owner(filepath.Join(dir, "site.key")))

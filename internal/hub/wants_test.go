@@ -183,15 +183,19 @@ func TestWantsFollowTheStore(t *testing.T) {
 	news.Put(nil, true)
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)
-	r := rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // no secret
+	r := rand.New(rand.NewPCG(seed, 0))
 	names := []string{"a", "b", "c", "d"}
 	streams := map[string]*wish{}
 	sent := map[string]string{}
 	show := func(ps []*pb.DesiredParty) string { return fmt.Sprint(ps) }
 	for _, n := range names {
 		streams[n] = w.watch(n)
-		defer streams[n].close()
 	}
+	defer func() {
+		for _, s := range streams {
+			s.close()
+		}
+	}()
 	var ids []job.ID
 	for step := range 400 {
 		switch r.IntN(4) {

@@ -434,7 +434,7 @@ func (s *simulated) run(ctx context.Context) error {
 			wait = 50 * time.Millisecond
 		}
 		select {
-		case <-time.After(wait/2 + time.Duration(float64(wait)*rand.Float64())):
+		case <-time.After(wait/2 + time.Duration(float64(wait)*rand.Float64())): //nolint:gosec // no secret
 		case <-ctx.Done():
 		}
 		wait = min(wait*3/2, 5*time.Second)
