@@ -101,15 +101,15 @@ func (s *Spec) ChooseEngine(flwr string) error {
 	return nil
 }
 
-// IsolationFor gives what is done between two messages, for a version of Flower: what plain Flower does. Up to 1.12 its supernode runs
-// client apps in itself; later ones start a process for each message, of which a fork is the cheap equal. Many clients are for what
-// Flower's simulation engine does, whose actors are warm.
+// IsolationFor gives what is done between two messages, for a version of Flower: what plain Flower does. From 1.13 on it starts a process for
+// each message, of which a fork is the cheap equal. Up to 1.12 its supernode runs client apps in itself but loads their modules anew for
+// each message, so that globals and seeds of a module begin anew there too: a fork is nearer to that than a warm worker. Many clients are
+// for what Flower's simulation engine does, whose actors are warm.
 func (s Spec) IsolationFor(flwr string) string {
 	if s.Isolation != "" && s.Isolation != Isolations[0] {
 		return s.Isolation
 	}
-	minor, release := minorOf(flwr)
-	if s.Clients > 0 || release && minor <= 12 {
+	if s.Clients > 0 {
 		return "warm"
 	}
 	return "fork"

@@ -29,10 +29,22 @@ var differences = []known{
 	{app: "exits", check: numbersCheck, engine: nativeEngine, until: 30, reason: oldExits},
 	{app: "exits", check: aggregatesCheck, engine: nativeEngine, until: 30, reason: oldExits},
 	{app: "stateful", check: numbersCheck, engine: nativeEngine, until: 13, shows: `{"fresh": true}`, reason: "the supernode of flwr 1.12 gives the same Context object to each message; the native engine makes a new one from its state, as every later release does"},
+	{app: "probe", check: "an attribute of the context", engine: nativeEngine, until: 13, shows: `{"kept": false}`, reason: "the supernode of flwr 1.12 gives the same Context object to each message; the native engine makes a new one from its state, as every later release does"},
+	{app: "probe", check: "environment set by an earlier message", engine: nativeEngine, until: 13, shows: `{"kept": false}`, reason: oldProcess},
+	{app: "probe", check: "sys.path changed by an earlier message", engine: nativeEngine, until: 13, shows: `{"kept": false}`, reason: oldProcess},
+	{app: "probe", check: "working directory changed by an earlier message", engine: nativeEngine, until: 13, shows: `{"kept": false}`, reason: oldProcess},
+	{app: "probe", check: "sys.argv[0]", engine: nativeEngine, until: 13, shows: `{"name": "flwr-clientapp"}`, reason: "client apps of flwr 1.12 run in the supernode itself, of which there is none"},
+	{app: "probe", check: "sys.argv[0]", engine: nativeEngine, until: 13, shows: `{"name": "flwr-serverapp"}`, reason: "the native engine's server app has one name with all releases"},
+	{app: "probe", check: "grid", engine: nativeEngine, until: 13, shows: `{"methods": ["create_message", "get_node_ids", "pull_messages", "push_messages", "send_and_receive", "set_run"]}`, reason: "the native engine's Driver has one method more, which later releases have"},
+	{app: "probe", check: "run", engine: nativeEngine, until: 13, shows: `{"overrides": {"deep.er.number": ["int", -7], "deep.er.text": ["str", "it is \"overridden\""], "fast": ["bool", true], "name": ["str", "with a space, and a comma"], "rate": ["float", 0.3]}}`, reason: "flower-server-app of flwr 1.12 takes no overrides, so plain Flower had them written into the app; with Pergola they are overrides"},
+	{app: "probe", check: "context", engine: nativeEngine, from: 18, until: 21, shows: `{"node": 1}`, reason: "the server app's own node id, which its messages have as their sender, is 1 from 1.13 on; the Context of 1.18 still says 0"},
+	{app: "probe", check: "sys.path", engine: nativeEngine, from: 18, until: 21, shows: `{"executable": 1}`, reason: "the folder of Flower's programs is on the path, as in later releases"},
 	{app: "probe", check: "run", engine: nativeEngine, shows: `{"hash": 0}`, reason: "there is no FAB, so its hash is empty"},
 }
 
 const oldRunConfig = "flwr 1.11 and 1.12 give a client app that is run from its directory no run config; with Pergola it has the app's, with the overrides"
+
+const oldProcess = "client apps of flwr 1.12 run in the supernode's one process, which loads their modules anew for each message; the native engine forks, so that modules begin anew as there, and with them the process"
 
 const oldExits = "before flwr 1.30 a node whose client app ended its process answers no more, or with an error of Flower's own making; the native engine answers at once with an error, and the node's next message by a new process"
 

@@ -1,5 +1,6 @@
 """The client app writes down what it sees in each message."""
 
+import importlib.util
 import os
 import random
 import sys
@@ -17,6 +18,7 @@ except ImportError:  # before 1.18
     from flwr.common import ConfigsRecord as ConfigRecord, RecordSet as RecordDict
 
 client = ClientApp()
+CHANGEABLE = importlib.util.find_spec("flwr.app") is not None  # before 1.21 the supernode ends when a run config was changed
 calls = 0
 stream = np.random.RandomState(1)  # a seed at import time: each process begins it anew
 
@@ -49,8 +51,9 @@ def look(msg, context):
     context.mark = True
     seen("node config changed by an earlier message", who, **at, kept="by-the-app" in context.node_config)
     context.node_config["by-the-app"] = 1
-    seen("run config changed by an earlier message", who, **at, kept="by-the-app" in context.run_config)
-    context.run_config["by-the-app"] = 1
+    if CHANGEABLE:
+        seen("run config changed by an earlier message", who, **at, kept="by-the-app" in context.run_config)
+        context.run_config["by-the-app"] = 1
     seen("state", who, **at, messages=state.get("messages", 0))
     seen("node id", who, **at, type=type(context.node_id).__name__, large=abs(context.node_id) > 2**32, same=state.get("node", context.node_id) == context.node_id)
     m = msg.metadata
@@ -64,7 +67,7 @@ def look(msg, context):
         config.pop("by-the-app")
         seen("node config", who, values=typed(config))
         config = dict(context.run_config)
-        config.pop("by-the-app")
+        config.pop("by-the-app", None)
         seen("run config", who, values=typed(config))
     context.state.configs_records["s"] = ConfigRecord({"messages": state.get("messages", 0) + 1, "chance": chance, "changed": changed, "node": context.node_id, "message": m.message_id})
     record("client", at=step, partition=int(who.split()[1]), value=calls * 0)
