@@ -163,7 +163,7 @@ class Worker:
             out.fds.append(fd)
 
     def _settings(self, state: Any, given: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-        """Give node config, state and run config as the node's last message has left them: under Flower the whole context goes on."""
+        """Give node config, state and run config as the node's last message has left them: Flower's whole context goes on."""
         left = _configs(state)
         node, run = (dict(left.pop(name)) if name in left else dict(values) for name, values in given.items())
         return node, state, run
@@ -213,14 +213,16 @@ def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
     isolation = start.get("isolation") or "warm"
     if isolation not in ("warm", "fork", "process"):
         raise ProtocolError(f"there is no isolation {isolation!r:.50}")
+    if isolation == "fork":
+        from . import forking
+
+        forking.prepare()
     generators = Generators()
     worker = Worker.load(gen, start, f"c.{os.getpid()}")
     ready: dict[str, Any] = {"t": "ready"}
     if worker.failure is not None:
         ready["error"] = f"{type(worker.failure).__name__}: {worker.failure}"
     if isolation == "fork":
-        from . import forking
-
         why = forking.unsafe()
         if why:
             ready.update(fork=False, why=why)

@@ -7,6 +7,7 @@ back, so that a child that dies in the middle of a sentence breaks nothing.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import logging
@@ -40,14 +41,32 @@ def unsafe() -> str:
     if others:
         return f"loading the app has started threads: {', '.join(others[:5])}"
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return "loading the app has initialised CUDA"
+    # Not is_available(): it would initialise the driver itself.
+    if (torch is not None and torch.cuda.is_initialized()) or "/dev/nvidia-uvm" in _open_files():
+        return "loading the app has opened a GPU"
     for name in ("tensorflow", "jax"):
         if name in sys.modules:
             return f"loading the app has imported {name}, which runs threads of its own"
     if not hasattr(os, "fork") or not hasattr(os, "pidfd_open"):
         return "this system cannot fork, or has no pidfd"
     return ""
+
+
+def prepare() -> None:
+    """See to it, before the app is loaded, that asking torch for GPUs does not open them: no child could use them then."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+def _open_files() -> set[str]:
+    """Give what this process has open, where the system tells."""
+    files = set()
+    try:
+        for fd in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                files.add(os.readlink(f"/proc/self/fd/{fd}"))
+    except OSError:
+        pass  # no /proc: there is pidfd neither
+    return files
 
 
 class _GoneError(Exception):

@@ -7,13 +7,14 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from _pergola_native import generations, randomness
+from _pergola_native import forking, generations, randomness
 from _pergola_native.generations import CRASHED, EXPIRED, NO_REPLY, NODE_GONE, Generation
 from _pergola_native.readings import numbers, round_of
 
@@ -115,6 +116,31 @@ def test_torch_is_seeded_afresh_unless_the_app_did(monkeypatch: pytest.MonkeyPat
         generators.look()
         generators.reseed()
         assert seeded == want
+
+
+# -- forking ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.once
+def test_what_cannot_be_forked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert forking.unsafe() == ""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait, name="the-apps-own")
+    thread.start()
+    assert forking.unsafe() == "loading the app has started threads: the-apps-own"
+    over.set()
+    thread.join()
+    for initialised, why in ((False, ""), (True, "loading the app has opened a GPU")):
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda i=initialised: i)))  # type: ignore[arg-type]
+        assert forking.unsafe() == why
+    monkeypatch.delitem(sys.modules, "torch")
+    with monkeypatch.context() as m:
+        m.setattr(forking, "_open_files", lambda: {"/dev/nvidia-uvm"})
+        assert forking.unsafe() == "loading the app has opened a GPU"
+    with open("/dev/null") as f:
+        assert "/dev/null" in forking._open_files() and f
+    monkeypatch.setitem(sys.modules, "jax", SimpleNamespace())  # type: ignore[arg-type]
+    assert "imported jax" in forking.unsafe()
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------

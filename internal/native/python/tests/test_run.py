@@ -93,7 +93,9 @@ def test_what_an_app_is_told(warm: Run) -> None:
         assert seen["run_config"] == about["run_config"]
         assert seen["calls"] == seen["count"] == 1
     for first, again in zip(warm.said["records"]["first"], warm.said["records"]["again"]):
-        assert again["seen"]["run_config"]["mine"] == again["seen"]["node_config"]["mine"] == 1  # under Flower the whole context goes on
+        assert (
+            again["seen"]["run_config"]["mine"] == again["seen"]["node_config"]["mine"] == 1
+        )  # under Flower the whole context goes on
         assert again["seen"]["count"] == first["seen"]["count"] + 1 == 3
 
 
