@@ -326,7 +326,7 @@ func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *de
 	}
 	hub := hubParty(ps)
 	if cause := refusal(j, ps); cause != nil {
-		return c.fallBack(ctx, j, ps, cause, due.wall)
+		return c.fallBack(ctx, j, ps, cause, due)
 	}
 	if hub.State == job.PartyFailed {
 		cause := causeOf(hub)
@@ -489,9 +489,16 @@ func (c *control) mayReturn(p job.Party, cause *job.Cause, due *deadlines) bool 
 	return due.passed(c.when(p.Updated), min(returnPause<<min(p.Attempt-1, 20), maxReturnPause))
 }
 
+// beginPatience is how long an agent that is there may take to say that its part has begun.
+const beginPatience = 20 * time.Second
+
+// maxFallBacks is more than there can be: what is left of an attempt before may speak once more.
+const maxFallBacks = 3
+
 // refusal gives the cause of a party at which the native engine does not work, if the job may run on the other.
 func refusal(j job.Job, ps []job.Party) *job.Cause {
-	if !j.Spec.EngineAuto {
+	// A party that says so again and again, though it was told of the other engine, is not begun anew for ever.
+	if !j.Spec.EngineAuto || hubParty(ps).Attempt > maxFallBacks+j.Spec.RestartsFor(job.HubParty) {
 		return nil
 	}
 	for _, p := range ps {
@@ -503,11 +510,18 @@ func refusal(j job.Job, ps []job.Party) *job.Cause {
 }
 
 // fallBack begins the job anew on Flower's own programs. It goes on where a hub that ended meanwhile has left off.
-func (c *control) fallBack(ctx context.Context, j job.Job, ps []job.Party, cause *job.Cause, now time.Time) error {
+func (c *control) fallBack(ctx context.Context, j job.Job, ps []job.Party, cause *job.Cause, due *deadlines) error {
 	hub := hubParty(ps)
 	if !hub.State.Terminal() && c.runner != nil {
 		c.tell(pb.Desired_DESIRED_KILL, 0) // its end is an event, at which this is looked at again
 		return nil
+	}
+	now := due.wall
+	for _, p := range ps {
+		// Its agent has been told of the old engine, and may have started it: only what has begun can begin anew.
+		if _, ok := c.hub.away(p.Name); ok && p.Name != job.HubParty && p.State == job.PartyAbsent && p.Allocated && !due.passed(c.when(hub.Updated), beginPatience) {
+			return nil
+		}
 	}
 	if j.Spec.Engine != job.EngineFlower {
 		return c.hub.db.SetEngine(ctx, j.ID, job.EngineChoice{Engine: job.EngineFlower, Flwr: j.Spec.FlwrVersion, Why: cause.Msg}, now)

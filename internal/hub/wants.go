@@ -216,14 +216,17 @@ func (w *wants) set(j job.Job, ps []job.Party) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	wj := w.jobs[j.ID]
-	if wj == nil {
+	if wj == nil || wj.job.Spec.Engine != j.Spec.Engine { // the one setting that changes while a job runs
 		spec, err := json.Marshal(j.Spec)
 		if err != nil {
 			w.log.Error("a job's settings cannot be sent", "job", j.ID, "err", err) // they came as JSON
 			return
 		}
-		wj = &wantedJob{spec: string(spec)}
-		w.jobs[j.ID] = wj
+		if wj == nil {
+			wj = &wantedJob{}
+			w.jobs[j.ID] = wj
+		}
+		wj.spec = string(spec)
 	}
 	wj.job = j
 	of := make(map[string]job.Party, len(ps))
