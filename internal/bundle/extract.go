@@ -97,10 +97,10 @@ func Check(r io.Reader, wantDigest string, lim Limits) (*Manifest, error) {
 // space refuses what cannot fit before anything of it is written.
 func space(dir string, need int64) error {
 	var st unix.Statfs_t
-	if err := unix.Statfs(dir, &st); err != nil || st.Blocks == 0 {
+	if unix.Statfs(dir, &st) != nil || st.Blocks == 0 {
 		return nil // not every file system tells; writing will
 	}
-	if free := uint64(st.Bavail) * uint64(st.Bsize); need > 0 && uint64(need) > free {
+	if free := st.Bavail * uint64(st.Bsize); need > 0 && uint64(need) > free {
 		return fmt.Errorf("%d bytes are to be written, and %d are free: %w", need, free, syscall.ENOSPC)
 	}
 	return nil

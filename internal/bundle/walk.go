@@ -13,7 +13,7 @@ import (
 	"strings"
 	"syscall"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its own name
+	human "github.com/dustin/go-humanize"
 
 	"github.com/pergolafl/pergola/internal/problem"
 )

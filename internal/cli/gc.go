@@ -8,7 +8,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its name
+	human "github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
 	"github.com/pergolafl/pergola/internal/hub"

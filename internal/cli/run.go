@@ -21,7 +21,7 @@ import (
 	"text/tabwriter"
 	"time"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its own name
+	human "github.com/dustin/go-humanize"
 	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"

@@ -12,7 +12,7 @@ import (
 	"slices"
 	"time"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its name
+	human "github.com/dustin/go-humanize"
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"

@@ -9,7 +9,7 @@ import (
 	"slices"
 	"time"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its name
+	human "github.com/dustin/go-humanize"
 
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/job"

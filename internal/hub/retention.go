@@ -15,7 +15,7 @@ import (
 	"syscall"
 	"time"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its name
+	human "github.com/dustin/go-humanize"
 
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/keyed"

@@ -10,7 +10,7 @@ import (
 	"strconv"
 	"strings"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its own name
+	human "github.com/dustin/go-humanize"
 
 	"github.com/pergolafl/pergola/internal/problem"
 )

@@ -10,7 +10,7 @@ import (
 	"path/filepath"
 	"sort"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its name
+	human "github.com/dustin/go-humanize"
 )
 
 // Marker is the line that stands for bytes of a log which are not kept.

@@ -16,7 +16,7 @@ import (
 	"sync"
 	"time"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its own name
+	human "github.com/dustin/go-humanize"
 )
 
 // Names of the variables by which programs find their party's server.

@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
-	human "github.com/dustin/go-humanize" //nolint:misspell // its name
+	human "github.com/dustin/go-humanize"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/pergolafl/pergola/internal/api"

@@ -5,7 +5,7 @@ import (
 	"sync"
 	"time"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its own name
+	human "github.com/dustin/go-humanize"
 
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/link"

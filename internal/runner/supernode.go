@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
-	human "github.com/dustin/go-humanize" //nolint:misspell // its own name
+	human "github.com/dustin/go-humanize"
 
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/job"

@@ -16,7 +16,7 @@ import (
 	"syscall"
 	"time"
 
-	human "github.com/dustin/go-humanize" //nolint:misspell // its name
+	human "github.com/dustin/go-humanize"
 
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/job"
