@@ -125,13 +125,15 @@ clean: ## Remove what was built; the caches stay (remove .cache/ for those)
 
 ##@ Tools (the targets above call these)
 
-.PHONY: needs needs-postgres needs-buf
+.PHONY: needs needs-postgres needs-services needs-buf
 needs: ## See to it that Python and uv are there
 	@tools/needs.sh python uv==$(UV_VERSION)
 
-.PHONY: needs-postgres needs-buf
 needs-postgres:
 	@tools/needs.sh postgres
+
+needs-services:
+	@tools/needs.sh services
 
 needs-buf:
 	@tools/needs.sh buf buf-bin==$(BUF_VERSION)
