@@ -229,7 +229,7 @@ func TestFaultsOfSites(t *testing.T) {
 			h.must(os.Chown(filepath.Join(h.siteDir, "site.key"), 12345, 12345))
 		}, "directory", Error, "not of its owner", "chown", false},
 		{"a certificate that is over", func(_ *testing.T, h *house) { h.enrol(time.Nanosecond) }, "certificate", Error, "the certificate of site st-anna ended", "pergola site join", false},
-		{"which the way to the hub tells, too", func(_ *testing.T, h *house) { h.enrol(time.Nanosecond) }, "hub", Error, "refused this end's certificate", "issued again", false},
+		{"which the way to the hub tells, too", func(_ *testing.T, h *house) { h.enrol(time.Nanosecond) }, "hub", Error, "this end's certificate is over", "new token", false},
 		{"a user's certificate that is over", func(_ *testing.T, h *house) { h.enrol(time.Nanosecond) }, "certificate", Error, "the certificate of user maria ended", "pergola login", true},
 		{"another site's certificate", func(_ *testing.T, h *house) {
 			k, err := h.auth.NewKeypair(pki.Identity{Kind: pki.KindSite, Name: "charite"}, nil, time.Hour)

@@ -239,10 +239,10 @@ func (o options) runPergola(ctx context.Context, engine string, e entry, v, dir 
 		return nil, err
 	}
 	defer events.Close()
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = io.MultiWriter(events, &out), &out
+	var out, errs bytes.Buffer // two: each is written by a goroutine of its own
+	cmd.Stdout, cmd.Stderr = io.MultiWriter(events, &out), &errs
 	if err := cmd.Run(); err != nil {
-		return nil, fmt.Errorf("pergola: %w; it last said: %s", err, tail(out.String()))
+		return nil, fmt.Errorf("pergola: %w; it last said: %s%s", err, tail(out.String()), tail(errs.String()))
 	}
 	return e.whole(records)
 }
