@@ -406,8 +406,16 @@ func TestBuildersWaitForOneAnother(t *testing.T) {
 					})
 					if err != nil {
 						t.Error(err)
+						return
 					}
 					dirs[i] = env.Dir
+					// As a runner does, to the end of its job: nobody who waits for the build waits for that.
+					release, ok, err := Hold(t.Context(), env)
+					if err != nil || !ok {
+						t.Errorf("held: %v, %v", ok, err)
+						return
+					}
+					t.Cleanup(release)
 					return
 				}
 				job, err := json.Marshal(map[string]any{"Cache": cache, "In": in, "Lock": lock, "Opt": map[string]string{"Installer": opt.Installer}})
@@ -439,6 +447,9 @@ func TestBuildersWaitForOneAnother(t *testing.T) {
 		}
 		if n > 1 {
 			t.Errorf("%d builders of this process built", n)
+		}
+		if unused, err := FindUnused(cache, time.Now().Add(time.Hour)); err != nil || len(unused) > 0 {
+			t.Errorf("held, and found unused: %v, %v", unused, err)
 		}
 	})
 }

@@ -13,13 +13,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// usedName is the file beside an environment that those hold who use it, and that tells when one last began to. It is not the builders'
+// lock: whoever waits for a build must not wait for those who use what was built.
+func usedName(dir string) string { return dir + ".used" }
+
 // Hold keeps an environment from being removed as unused until release is called, or this process ends. It tells whether the
 // environment is still there: if not, it is to be ensured again.
 func Hold(ctx context.Context, env Env) (release func(), ok bool, err error) {
 	if env.Existing || env.Key == "" {
 		return func() {}, true, nil
 	}
-	release, err = lockFile(ctx, env.Dir+".lock", unix.LOCK_SH, func() {})
+	release, err = lockFile(ctx, usedName(env.Dir), unix.LOCK_SH, func() {})
 	if err != nil {
 		return nil, false, err
 	}
@@ -28,7 +32,7 @@ func Hold(ctx context.Context, env Env) (release func(), ok bool, err error) {
 		release()
 		return nil, false, nil
 	}
-	if err := os.Chtimes(filepath.Join(env.Dir, markerName), now, now); err != nil {
+	if err := os.Chtimes(usedName(env.Dir), now, now); err != nil {
 		release()
 		return nil, false, err
 	}
@@ -81,16 +85,19 @@ func (u Unused) Remove(before time.Time) (removed bool, err error) {
 
 // alone calls fn if nobody holds or builds the environment and it was used last before that time, which it notes.
 func (u *Unused) alone(before time.Time, fn func() error) error {
-	f, err := os.OpenFile(u.Dir+".lock", os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o644)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil
+	_, unheld := os.Stat(usedName(u.Dir)) // taking the lock makes one, of which the time says nothing
+	for _, name := range []string{u.Dir + ".lock", usedName(u.Dir)} {
+		f, err := os.OpenFile(name, os.O_CREATE|os.O_RDWR|syscall.O_CLOEXEC, 0o644)
+		if err != nil {
+			return err
 		}
-		return err
+		defer f.Close() //nolint:revive // two of them, held until fn is done
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			if errors.Is(err, unix.EWOULDBLOCK) {
+				return nil
+			}
+			return err
+		}
 	}
 	info, err := os.Stat(filepath.Join(u.Dir, markerName))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -103,6 +110,15 @@ func (u *Unused) alone(before time.Time, fn func() error) error {
 		return err
 	}
 	u.Since = info.ModTime()
+	if unheld != nil {
+		if err := os.Chtimes(usedName(u.Dir), u.Since, u.Since); err != nil {
+			return err
+		}
+	} else if used, err := os.Stat(usedName(u.Dir)); err != nil {
+		return err
+	} else if used.ModTime().After(u.Since) {
+		u.Since = used.ModTime()
+	}
 	if !u.Since.Before(before) {
 		return nil
 	}

@@ -69,7 +69,7 @@ func TestRetention(t *testing.T) {
 				t.Fatal(err)
 			}
 			for _, e := range es {
-				if !strings.HasSuffix(e.Name(), ".lock") {
+				if !strings.HasSuffix(e.Name(), ".lock") && !strings.HasSuffix(e.Name(), ".used") {
 					out = append(out, strings.TrimLeft(e.Name(), "0"))
 				}
 			}
