@@ -33,12 +33,12 @@ func (db *DB) PutIdentity(ctx context.Context, i store.Identity) error {
 	if len(i.Info) > 0 && !json.Valid(i.Info) {
 		return problem.New(problem.Internal, "please report this", "what %s %s declares is not JSON", i.Kind, i.Name)
 	}
-	return db.knows(ctx, "enrol "+i.Name, putIdentity, identityArgs(i)...)
+	return db.knows(ctx, "enrol somebody", putIdentity, identityArgs(i)...)
 }
 
 // Introduce notes somebody of whom the store has not heard, as it is; of whom it has, nothing changes.
 func (db *DB) Introduce(ctx context.Context, i store.Identity) error {
-	return db.write(ctx, "note "+i.Name, func(ctx context.Context, tx *txn) ([]job.ID, error) {
+	return db.write(ctx, "note somebody", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		_, err := tx.ExecContext(ctx, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, ?, 0, ?, ?, ?, ?) ON CONFLICT DO NOTHING`, identityArgs(i)...)
 		return nil, err
 	})
@@ -46,7 +46,7 @@ func (db *DB) Introduce(ctx context.Context, i store.Identity) error {
 
 // Identity gives what is known of a site or a user, also of a removed one; not-found if nothing is.
 func (db *DB) Identity(ctx context.Context, kind, name string) (store.Identity, error) {
-	i, err := one(ctx, db, "read who "+name+" is", scanIdentity, "SELECT "+identityColumns+" FROM identity WHERE kind = ? AND name = ?", kind, name)
+	i, err := one(ctx, db, "read who somebody is", scanIdentity, "SELECT "+identityColumns+" FROM identity WHERE kind = ? AND name = ?", kind, name)
 	if errors.Is(err, sql.ErrNoRows) {
 		return i, problem.New(problem.NotFound, "check the name", "the hub knows no %s %q", kind, name)
 	}
@@ -63,7 +63,7 @@ func (db *DB) Identities(ctx context.Context, kind string) ([]store.Identity, er
 // since a hub's configuration may name some. One that is removed already stays as it is. Tokens for it that were not used are gone
 // with it.
 func (db *DB) RemoveIdentity(ctx context.Context, kind, name string, now time.Time) error {
-	return db.write(ctx, "remove "+name, func(ctx context.Context, tx *txn) ([]job.ID, error) {
+	return db.write(ctx, "remove somebody", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		_, err := tx.ExecContext(ctx, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, ?, 0, '', 0, '')
 			ON CONFLICT (kind, name) DO UPDATE SET removed = excluded.removed WHERE identity.removed = 0`, kind, name, nanos(now))
 		if err == nil {
@@ -75,7 +75,7 @@ func (db *DB) RemoveIdentity(ctx context.Context, kind, name string, now time.Ti
 
 // SetDrained says whether a site takes new jobs, also of one that the store has not heard of.
 func (db *DB) SetDrained(ctx context.Context, site string, drained bool) error {
-	return db.knows(ctx, "drain "+site, `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, 0, ?, '', 0, '')
+	return db.knows(ctx, "drain a site", `INSERT INTO identity (`+identityColumns+`) VALUES (?, ?, 0, 0, ?, '', 0, '')
 		ON CONFLICT (kind, name) DO UPDATE SET drained = excluded.drained`, siteKind, site, flag(drained))
 }
 

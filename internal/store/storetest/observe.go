@@ -80,4 +80,22 @@ func testObserve(t *testing.T, open Opener) {
 	if err := db.Ready(over); !errors.Is(err, context.Canceled) {
 		t.Errorf("with a context that is over: %v", err)
 	}
+	// Whoever it is about, a call has the same name.
+	var first []call
+	for _, name := range []string{"st-anna", "charite"} {
+		calls = nil
+		ok(t, db.Introduce(t.Context(), store.Identity{Kind: "site", Name: name}))
+		ok(t, db.PutIdentity(t.Context(), store.Identity{Kind: "site", Name: name, Enrolled: t0}))
+		ok(t, db.SawSite(t.Context(), name, nil, "1", t0))
+		ok(t, db.SetDrained(t.Context(), name, true))
+		_, err := db.Identity(t.Context(), "site", name)
+		ok(t, err)
+		ok(t, db.RemoveIdentity(t.Context(), "site", name, t0))
+		if first == nil {
+			first = calls
+		}
+		if !slices.Equal(calls, first) || len(calls) != 6 {
+			t.Errorf("about %s: calls %v, want %v", name, calls, first)
+		}
+	}
 }
