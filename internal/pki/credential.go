@@ -192,32 +192,47 @@ const (
 )
 
 // Keep renews the pair whenever it is due, until ctx is done. Machines that were set up at the same time do not renew at
-// the same time: each is early by up to a tenth of what is left at that time.
+// the same time: each is early by up to a tenth of what is left at that time. What is due as soon as it was issued, since the clocks of both ends
+// differ or the authority ends, is renewed again when half of what is left is over, and not at once.
 func (c *Credential) Keep(ctx context.Context, r Renewal) {
 	bo := backoff.NewExponentialBackOff()
 	bo.InitialInterval, bo.Multiplier = firstRetry, 2
 	var last *x509.Certificate
-	var early time.Duration
+	var due time.Time
+	var fresh bool // the pair was issued a moment ago
 	for {
 		leaf := c.Certificate().Leaf
 		if leaf != last {
 			last = leaf
 			bo.MaxInterval = min(max(Lifetime(leaf)/100, firstRetry), longestRetry)
 			bo.Reset()
-			early = rand.N(max(Lifetime(leaf)/30, 1)) //nolint:gosec // no secret
+			due = Due(leaf).Add(-rand.N(max(Lifetime(leaf)/30, 1))) //nolint:gosec // no secret
+			if left := time.Until(leaf.NotAfter); fresh && time.Until(due) <= 0 {
+				pause := lookEvery
+				if left > 0 {
+					pause = max(left/2, firstRetry)
+				}
+				due = time.Now().Add(pause)
+				if r.Failed != nil {
+					r.Failed(problem.New(problem.Expired, "check the clocks of both machines", "what was issued just now is good until %s only, and this machine's clock shows %s",
+						leaf.NotAfter.UTC().Format(time.RFC3339), time.Now().UTC().Format(time.RFC3339)), pause)
+				}
+			}
 		}
+		fresh = false
 		changed := c.Changed()
 		var wake <-chan struct{}
 		if r.Wake != nil {
 			wake = r.Wake()
 		}
-		wait := min(time.Until(Due(leaf).Add(-early)), lookEvery)
+		wait := min(time.Until(due), lookEvery)
 		if wait <= 0 || r.Early != nil && r.Early(leaf) {
 			k, err := r.Renew(ctx)
 			if err == nil {
 				err = c.Replace(k)
 			}
 			if err == nil {
+				fresh = true
 				continue
 			}
 			if ctx.Err() != nil {

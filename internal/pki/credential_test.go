@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -144,6 +145,54 @@ func TestReplacedByAnother(t *testing.T) {
 	if c.Await(gone, got) {
 		t.Error("there was nothing new")
 	}
+}
+
+// Where the clock is so far ahead that a new certificate is due at once, it is not renewed without end.
+func TestKeepByAClockThatIsAhead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := authority(t)
+		c, _ := held(t, a, time.Hour)
+		var issued []Keypair // by the hub, whose clock stands still meanwhile
+		for range 20 {
+			k, err := a.NewKeypair(stAnna, nil, time.Hour)
+			if err != nil {
+				t.Fatal(err)
+			}
+			issued = append(issued, k)
+		}
+		time.Sleep(44 * time.Minute)
+		ctx, cancel := context.WithCancel(t.Context())
+		var mu sync.Mutex // guards the rest
+		calls, told := 0, []time.Duration{}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			c.Keep(ctx, Renewal{
+				Renew: func(context.Context) (Keypair, error) {
+					mu.Lock()
+					defer mu.Unlock()
+					if calls++; calls > len(issued) {
+						return Keypair{}, errors.New("there are no more")
+					}
+					return issued[calls-1], nil
+				},
+				Failed: func(_ error, next time.Duration) {
+					mu.Lock()
+					defer mu.Unlock()
+					told = append(told, next)
+				},
+			})
+		}()
+		time.Sleep(13 * time.Minute)
+		synctest.Wait()
+		mu.Lock()
+		if want := []time.Duration{8 * time.Minute, 4 * time.Minute, 2 * time.Minute}; calls != 3 || !slices.Equal(told, want) {
+			t.Errorf("renewed %d times in 13 of the 16 minutes that are left by this clock; pauses %v, want %v", calls, told, want)
+		}
+		mu.Unlock()
+		cancel()
+		<-done
+	})
 }
 
 // Early renewals are those of an enrolment that has changed.
