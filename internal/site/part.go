@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -26,6 +27,7 @@ type part struct {
 	agent *Agent
 	id    job.ID
 	first *pb.DesiredParty
+	last  atomic.Pointer[pb.DesiredParty] // as the hub said last; of the same attempt as first
 	want  *runner.Want
 	log   *slog.Logger
 
@@ -37,14 +39,19 @@ type part struct {
 }
 
 func newPart(a *Agent, id job.ID, w *pb.DesiredParty) *part {
-	return &part{agent: a, id: id, first: w, want: runner.NewWant(), log: a.log.With("job", id), gone: make(chan struct{}), ended: make(chan struct{})}
+	p := &part{agent: a, id: id, first: w, want: runner.NewWant(), log: a.log.With("job", id), gone: make(chan struct{}), ended: make(chan struct{})}
+	p.last.Store(w)
+	return p
 }
 
 func (p *part) partyDir() string { return filepath.Join(p.agent.jobDir(p.id), "party") }
 
 func (p *part) attempt() int { return int(p.first.GetAttempt()) }
 
-func (p *part) set(d pb.Desired) { p.want.Set(d, 0) }
+func (p *part) set(w *pb.DesiredParty) {
+	p.last.Store(w)
+	p.want.Set(w.GetDesired(), 0)
+}
 
 // forget ends what there still is of it: the hub considers the job over.
 func (p *part) forget() {
@@ -216,9 +223,9 @@ func (p *part) start(ctx context.Context, dir, logDir string) (*runner.Handle, e
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	var spec job.Spec
-	if err := json.Unmarshal([]byte(p.first.GetSpecJson()), &spec); err != nil {
-		return nil, problem.New(problem.BundleInvalid, "", "the job's settings cannot be read: %v", err)
+	spec, err := p.settings()
+	if err != nil {
+		return nil, err
 	}
 	bundleDir, err := p.fetch(ctx, p.first.GetBundleDigest())
 	if err != nil {
@@ -230,16 +237,12 @@ func (p *part) start(ctx context.Context, dir, logDir string) (*runner.Handle, e
 	if err := p.goOn(ctx, logDir); err != nil {
 		return nil, err
 	}
-	if len(a.conf.Env) > 0 { // the site's own settings win
-		if spec.Site.Named == nil {
-			spec.Site.Named = map[string]job.Site{}
-		}
-		own := spec.Site.Named[a.conf.Name]
-		own.Env = merge(own.Env, a.conf.Env)
-		spec.Site.Named[a.conf.Name] = own
-	}
 	gpus, err := p.takeDevices(ctx, spec.ResourcesFor(a.conf.Name)[job.GPUs])
 	if err != nil {
+		return nil, err
+	}
+	// A large bundle takes its time. Meanwhile the job may have changed its engine, of which one that has not begun is told no other way.
+	if spec, err = p.settings(); err != nil {
 		return nil, err
 	}
 	return runner.Start(dir, runner.Spec{
@@ -248,6 +251,22 @@ func (p *part) start(ctx context.Context, dir, logDir string) (*runner.Handle, e
 		Bundle: bundleDir, Logs: logDir, LogQuota: spec.LogQuota.Or(job.DefaultLogQuota).Least(a.conf.LogQuota).Bytes(), Cache: a.conf.Cache, Python: a.conf.Python, Existing: a.conf.Existing, Apps: a.conf.Apps,
 		Hub: a.hubs, Proxy: a.conf.Proxy, Mark: a.mark(p.id),
 	})
+}
+
+// settings gives the job's settings as the hub has them now; the site's own win.
+func (p *part) settings() (spec job.Spec, err error) {
+	if err := json.Unmarshal([]byte(p.last.Load().GetSpecJson()), &spec); err != nil {
+		return spec, problem.New(problem.BundleInvalid, "", "the job's settings cannot be read: %v", err)
+	}
+	if conf := p.agent.conf; len(conf.Env) > 0 {
+		if spec.Site.Named == nil {
+			spec.Site.Named = map[string]job.Site{}
+		}
+		own := spec.Site.Named[conf.Name]
+		own.Env = merge(own.Env, conf.Env)
+		spec.Site.Named[conf.Name] = own
+	}
+	return spec, nil
 }
 
 func merge(a, b map[string]string) map[string]string {

@@ -173,3 +173,24 @@ func TestLogsGoOn(t *testing.T) {
 		t.Error("a log outside of the folder was made")
 	}
 }
+
+// A part that has not begun yet, because its bundle takes long, begins with the settings that the job has by then.
+func TestSettingsBeforeTheBeginning(t *testing.T) {
+	p := dialStub(t, &hubStub{}, 0)
+	a := p.agent
+	a.conf.Env = map[string]string{"DATA": "/data"}
+	want := func(engine string) *pb.DesiredParty {
+		return &pb.DesiredParty{JobId: string(p.id), Desired: pb.Desired_DESIRED_UP, SpecJson: `{"engine":"` + engine + `"}`}
+	}
+	p.set(want(job.EngineNative))
+	a.parts[p.id], a.swept = p, true
+	var wg sync.WaitGroup
+	for _, engine := range []string{job.EngineNative, job.EngineFlower} {
+		a.reconcile(t.Context(), &wg, []*pb.DesiredParty{want(engine)})
+		spec, err := p.settings()
+		if err != nil || spec.Engine != engine || spec.Site.Named["a"].Env["DATA"] != "/data" || a.parts[p.id] != p {
+			t.Errorf("with engine %s: %+v, %v", engine, spec, err)
+		}
+	}
+	wg.Wait()
+}

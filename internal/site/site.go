@@ -292,7 +292,7 @@ func (a *Agent) reconcile(ctx context.Context, wg *sync.WaitGroup, want []*pb.De
 				}
 			})
 		}
-		p.set(w.GetDesired())
+		p.set(w)
 	}
 	for id, p := range a.parts {
 		if !wanted[id] {
