@@ -174,8 +174,8 @@ func (s identityService) GetHub(ctx context.Context, _ *pb.GetHubRequest) (*pb.G
 	}, nil
 }
 
-// openCertificate opens the hub's own key pair, of which the hub itself is the authority: one that is due, or over, or lacks an
-// address, is replaced at once.
+// openCertificate opens the hub's own key pair, of which the hub itself is the authority: one that is due, or over, is replaced at
+// once.
 func (h *Hub) openCertificate() error {
 	var err error
 	if h.cert, err = pki.OpenCredential(h.dir, "hub"); err != nil {

@@ -98,6 +98,11 @@ func (p *port) run(ctx context.Context, onLink func(*tls.Conn)) error {
 			tc := tls.Server(c, p.conf)
 			hs, cancel := context.WithTimeout(ctx, p.wait)
 			err := tc.HandshakeContext(hs)
+			joins := err == nil && tc.ConnectionState().NegotiatedProtocol == pki.JoinALPN
+			if joins {
+				// It has not said who it is, either: it counts until it is served, and waits no longer than a handshake may take.
+				p.join.give(hs, tc)
+			}
 			cancel()
 			p.leave(source)
 			<-p.busy
@@ -106,11 +111,12 @@ func (p *port) run(ctx context.Context, onLink func(*tls.Conn)) error {
 				c.Close()
 				return
 			}
+			if joins {
+				return
+			}
 			switch tc.ConnectionState().NegotiatedProtocol {
 			case link.ALPN:
 				onLink(tc)
-			case pki.JoinALPN:
-				p.join.give(ctx, tc)
 			default:
 				if p.greet != nil {
 					p.greet(ctx, tc)

@@ -141,6 +141,62 @@ func TestStrangersAreBounded(t *testing.T) {
 	}
 }
 
+// Newcomers, who need no certificate, are strangers until they are served: they count as such, and are not kept for ever.
+func TestNewcomersAreBounded(t *testing.T) {
+	auth, err := pki.NewAuthority("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &served{T: t, auth: auth}
+	conf := auth.WithJoin(pki.ServerTLS(s.cert(pki.Identity{Kind: pki.KindHub, Name: pki.HubName}), auth.Roots(), "h2", link.ALPN))
+	var lc net.ListenConfig
+	ln, err := lc.Listen(t.Context(), "tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := newPort(ln, conf, slog.New(slog.DiscardHandler))
+	p.wait = 2 * time.Second
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- p.run(ctx, func(c *tls.Conn) { c.Close() }) }()
+	d := tls.Dialer{Config: pki.JoinClientTLS(auth.Fingerprint())}
+	come := func() net.Conn {
+		t.Helper()
+		c, err := d.DialContext(t.Context(), "tcp4", ln.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = c.SetDeadline(time.Now().Add(20 * time.Second)) // only so that a hub that waits for ever is seen
+		return c
+	}
+	for _, c := range []net.Conn{come(), come(), come()} { // whom nobody serves
+		defer c.Close()
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, context.DeadlineExceeded) || err == nil {
+			t.Errorf("a newcomer that nobody serves still has a connection: %v", err)
+		}
+	}
+	c := come()
+	defer c.Close()
+	served, err := p.join.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := served.Write([]byte("x")); err != nil {
+		t.Error(err)
+	}
+	if _, err := c.Read(make([]byte, 1)); err != nil {
+		t.Errorf("one that is served: %v", err)
+	}
+	served.Close()
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if len(p.sources) != 0 || len(p.busy) != 0 {
+		t.Errorf("%d sources and %d handshakes are still counted", len(p.sources), len(p.busy))
+	}
+}
+
 // One address cannot fill the house, an IPv6 network is one address, and what leaves makes room.
 func TestHandshakesOfOneSource(t *testing.T) {
 	p := &port{sources: map[netip.Addr]int{}}

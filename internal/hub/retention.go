@@ -463,17 +463,13 @@ func finishRemovals(ctx context.Context, dir string, db store.Store) error {
 
 // allJobs gives the jobs of a bundle, or all.
 func allJobs(ctx context.Context, db store.Store, digest string) (out []job.Job, err error) {
-	f := store.Filter{Limit: 500}
+	f := store.Filter{Bundle: digest, Limit: 500}
 	for {
 		js, err := db.Jobs(ctx, f)
 		if err != nil {
 			return nil, err
 		}
-		for _, j := range js {
-			if digest == "" || j.Bundle == digest {
-				out = append(out, j)
-			}
-		}
+		out = append(out, js...)
 		if len(js) < f.Limit {
 			return out, nil
 		}

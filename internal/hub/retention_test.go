@@ -290,3 +290,33 @@ func TestRemovalsAreFinished(t *testing.T) {
 		t.Error("a collector that was ended says nothing")
 	}
 }
+
+// asked is a store that notes which jobs were asked for.
+type asked struct {
+	store.Store
+	bundles []string
+}
+
+func (a *asked) Jobs(ctx context.Context, f store.Filter) ([]job.Job, error) {
+	a.bundles = append(a.bundles, f.Bundle)
+	return a.Store.Jobs(ctx, f)
+}
+
+// While bundles are removed nobody can submit a job: then only their own jobs are read, not all that a hub has had in years.
+func TestRemovingABundleReadsItsJobs(t *testing.T) {
+	a := newArchive(t, Retention{Bundles: days(7)})
+	a.bundle(1, 8*day)
+	a.bundle(2, 9*day)
+	a.job("other", 3, day)
+	db := &asked{Store: a.c.db}
+	a.c.db = db
+	a.collect()
+	want := []string{"", digestOf(1), digestOf(1), digestOf(2), digestOf(2)} // the plan; each one's folder, and the bundle
+	slices.Sort(db.bundles)
+	if d := cmp.Diff(want, db.bundles); d != "" {
+		t.Errorf("jobs were read of these bundles (-want +got):\n%s", d)
+	}
+	if d := cmp.Diff([]string{"other"}, a.left()); d != "" {
+		t.Errorf("left (-want +got):\n%s", d)
+	}
+}

@@ -279,7 +279,7 @@ func (w *wants) replaceLocked(id job.ID, wj *wantedJob, parties map[string]*pb.D
 			delete(w.siteLocked(name).parties, id)
 			w.wakeLocked(name)
 			w.tidyLocked(name)
-		} else if q := parties[name]; p.GetDesired() == q.GetDesired() && p.GetAttempt() == q.GetAttempt() {
+		} else if q := parties[name]; p.GetDesired() == q.GetDesired() && p.GetAttempt() == q.GetAttempt() && p.GetSpecJson() == q.GetSpecJson() {
 			parties[name] = p // the rest of it never changes
 		}
 	}

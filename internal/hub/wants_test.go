@@ -210,7 +210,9 @@ func TestWantsFollowTheStore(t *testing.T) {
 			states := job.States()
 			parties := []job.PartyState{job.PartyPreparing, job.PartyReady, job.PartyRunning, job.PartyDone, job.PartyFailed}
 			var err error
-			switch r.IntN(6) {
+			switch r.IntN(7) {
+			case 6:
+				err = db.SetEngine(t.Context(), id, job.EngineChoice{Engine: job.Engines[1+r.IntN(2)]}, time.Now())
 			case 5:
 				err = db.Allocate(t.Context(), id, names[r.IntN(len(names))], "test")
 			case 0, 1:
