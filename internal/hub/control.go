@@ -103,7 +103,7 @@ func (c *control) run(ctx context.Context) (over bool) {
 		held, err := own.hold(ctx)
 		switch {
 		case err == nil && !held:
-			return false
+			return c.deleted(ctx)
 		case err == nil, problem.CodeOf(err) == problem.DiskFull: // that is for the job to end by; nobody else can claim it either
 			over, next, err = c.step(inner, &wg)
 		}
@@ -135,6 +135,12 @@ func (c *control) run(ctx context.Context) (over bool) {
 		}
 		t.Stop()
 	}
+}
+
+// deleted tells whether there is no such job any more: then nobody ever needs a controller of it again.
+func (c *control) deleted(ctx context.Context) bool {
+	_, err := c.hub.db.Job(ctx, c.id)
+	return problem.CodeOf(err) == problem.NotFound
 }
 
 // trouble deals with a step that failed, and says when to try again.
@@ -170,6 +176,9 @@ func (c *control) full() {
 // step looks at the job once and does what is due. Next is when to look again if nothing happens before.
 func (c *control) step(ctx context.Context, wg *sync.WaitGroup) (over bool, next time.Duration, err error) {
 	j, err := c.hub.db.Job(ctx, c.id)
+	if problem.CodeOf(err) == problem.NotFound {
+		return true, 0, nil // it was over, and somebody has removed it since
+	}
 	if err != nil {
 		return false, 0, err
 	}
@@ -771,6 +780,9 @@ func (c *control) record(ctx context.Context, attempt int, e runner.Entry) error
 		if err == nil || ctx.Err() != nil {
 			return ctx.Err()
 		}
+		if problem.CodeOf(err) == problem.NotFound {
+			return nil // the job was over and was removed: nobody asks any more what its runner says while it ends
+		}
 		if problem.CodeOf(err) == problem.Usage || problem.CodeOf(err) == problem.Denied {
 			return err
 		}
@@ -793,7 +805,7 @@ func (c *control) record(ctx context.Context, attempt int, e runner.Entry) error
 func (c *control) fail(ctx context.Context, attempt int, cause *job.Cause) {
 	for n := 1; ctx.Err() == nil; n++ {
 		err := ignoreMoved(c.hub.db.MoveAttempt(ctx, c.id, job.HubParty, attempt, job.PartyFailed, cause, "", c.hub.wall()))
-		if err == nil || c.unstorable() != nil {
+		if err == nil || problem.CodeOf(err) == problem.NotFound || c.unstorable() != nil {
 			return
 		}
 		select {

@@ -554,3 +554,41 @@ func TestControlLoop(t *testing.T) {
 		}
 	})
 }
+
+// A job can be removed as soon as it is over, before its controller and its runner have seen that it is. Neither goes on for ever.
+func TestControlOfARemovedJob(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, job.Spec{})
+		if err := r.h.db.Move(t.Context(), r.c.id, job.Aborted, nil, "", time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.h.db.DeleteJob(t.Context(), r.c.id); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour) // of the bubble's clock
+		defer cancel()
+		if over, _, err := r.c.step(ctx, &r.wg); !over || err != nil {
+			t.Errorf("a look at it: over %v, %v", over, err)
+		}
+		e, err := job.NewEvent(r.c.id, job.HubParty, job.KindNote, job.Text{Message: "late"}, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.c.record(ctx, 0, runner.Entry{Seq: 1, Event: e}); err != nil {
+			t.Errorf("what its runner says: %v", err)
+		}
+		r.c.fail(ctx, 0, problem.New(problem.HubRunnerDied, "", "it died"))
+		if ctx.Err() != nil {
+			t.Error("the end of its runner was stored for an hour")
+		}
+		if !r.c.run(ctx) { // it cannot have the lease
+			t.Error("its controller begins anew")
+		}
+		var wg sync.WaitGroup
+		r.h.attend(ctx, &wg, r.c.id)
+		wg.Wait()
+		if ctx.Err() != nil || r.h.controller(r.c.id) != nil {
+			t.Error("it is attended to for ever")
+		}
+	})
+}
