@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -35,6 +36,14 @@ type collected struct {
 	Bytes int64     `json:"bytes"`
 	Since time.Time `json:"since"`
 	Why   string    `json:"why"`
+}
+
+// told shows what was done, also where the rest of it has failed. Where nothing could even be looked at there is nothing to show.
+func (f *gcFlags) told(e env, list []collected, failure error) error {
+	if failure != nil && len(list) == 0 {
+		return failure
+	}
+	return cmp.Or(f.show(e, list), failure)
 }
 
 func (f *gcFlags) show(e env, list []collected) error {
@@ -82,15 +91,12 @@ func newHubGC(e env) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := untilSignal(cmd.Context())
 			defer cancel()
-			list, err := hub.Collect(ctx, serviceDir(f.dir, "hub"), f.dry, f.quiet(e.stderr))
+			list, failure := hub.Collect(ctx, serviceDir(f.dir, "hub"), f.dry, f.quiet(e.stderr))
 			var out []collected
 			for _, r := range list {
 				out = append(out, collected(r))
 			}
-			if e := f.show(e, out); e != nil {
-				return e
-			}
-			return err
+			return f.told(e, out, failure)
 		},
 	}
 	return f.add(c, "hub")
@@ -107,15 +113,12 @@ func newSiteGC(e env) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := untilSignal(cmd.Context())
 			defer cancel()
-			list, err := site.Collect(ctx, serviceDir(f.dir, "site"), f.dry, f.quiet(e.stderr))
+			list, failure := site.Collect(ctx, serviceDir(f.dir, "site"), f.dry, f.quiet(e.stderr))
 			var out []collected
 			for _, r := range list {
 				out = append(out, collected(r))
 			}
-			if e := f.show(e, out); e != nil {
-				return e
-			}
-			return err
+			return f.told(e, out, failure)
 		},
 	}
 	return f.add(c, "site")
