@@ -170,10 +170,10 @@ func TestNewcomersAreBounded(t *testing.T) {
 		return c
 	}
 	for _, c := range []net.Conn{come(), come(), come()} { // whom nobody serves
-		defer c.Close()
 		if _, err := c.Read(make([]byte, 1)); errors.Is(err, context.DeadlineExceeded) || err == nil {
 			t.Errorf("a newcomer that nobody serves still has a connection: %v", err)
 		}
+		c.Close()
 	}
 	c := come()
 	defer c.Close()
