@@ -21,7 +21,7 @@ const Protocol = 1
 
 // Limits of a frame; either side refuses more, with the connection.
 const (
-	MaxHead  = 1 << 20   // bytes of JSON
+	MaxHead  = 4 << 20   // bytes of JSON: ids of the most clients that a job may have are half of it
 	MaxBody  = 1<<31 - 1 // bytes of a protobuf, or of a state: protobuf's own limit
 	maxFiles = 2
 )

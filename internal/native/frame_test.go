@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 
@@ -62,7 +63,7 @@ func TestNoFrames(t *testing.T) {
 		{"nothing", nil, io.EOF},
 		{"part of a length", []byte{1, 0}, io.ErrUnexpectedEOF},
 		{"no head", binary.LittleEndian.AppendUint32(nil, 0), nil},
-		{"a head of more than 1 MiB", binary.LittleEndian.AppendUint32(nil, MaxHead+1), nil},
+		{"a head of more than 4 MiB", binary.LittleEndian.AppendUint32(nil, MaxHead+1), nil},
 		{"half a head", with(`{"t":"msg"}`)[:8], io.ErrUnexpectedEOF},
 		{"no JSON", with(`hello, world`), nil},
 		{"a message of less than nothing", with(`{"t":"msg","plen":-1}`), nil},
@@ -151,5 +152,14 @@ func TestMissingFile(t *testing.T) {
 	}
 	if _, err := other.read(); problem.CodeOf(err) != problem.Internal {
 		t.Errorf("%v", err)
+	}
+}
+
+// The ids of as many nodes as a job may have (job.MaxClients) go into one head.
+func TestHeadOfManyNodes(t *testing.T) {
+	f := frame{head: head{T: tStart, Nodes: slices.Repeat([]uint64{math.MaxUint64 >> 1}, 100_000)}}
+	got, err := readFrame(bytes.NewReader(encoded(t, f)))
+	if err != nil || len(got.Nodes) != len(f.Nodes) {
+		t.Errorf("%d nodes came back, %v", len(got.Nodes), err)
 	}
 }

@@ -67,14 +67,14 @@ type pending struct {
 
 // outPack is a pack of the ServerApp's process.
 type outPack struct {
-	name    string // towards the sites
-	file    *os.File
-	size    int64
-	lens    []int64
-	names   []string // the server's own that stand for it and were not dropped
-	dropped []string // those that were, to be told
-	using   int      // transfers under way
-	had     map[*Member]bool
+	name  string // towards the sites
+	file  *os.File
+	size  int64
+	lens  []int64
+	own   string   // the server's name of file; those of equal packs stand for files that nobody here has
+	names []string // the server's that stand for it and were not dropped
+	using int      // transfers under way
+	had   map[*Member]bool
 }
 
 // NewHub makes a Hub. Sites may come at once; the ServerApp's process comes with [Hub.Run].
@@ -293,7 +293,7 @@ func (h *Hub) packLocked(f *frame) (*outPack, error) {
 		}
 	}
 	h.names++
-	p := &outPack{name: fmt.Sprintf("h.%d", h.names), file: file, size: size, lens: f.Lens, names: []string{f.Pack}, had: map[*Member]bool{}}
+	p := &outPack{name: fmt.Sprintf("h.%d", h.names), file: file, size: size, lens: f.Lens, own: f.Pack, names: []string{f.Pack}, had: map[*Member]bool{}}
 	h.packs[f.Pack] = p
 	return p, nil
 }
@@ -327,7 +327,9 @@ func (h *Hub) drop(name string) error {
 	}
 	delete(h.packs, name)
 	p.names = slices.DeleteFunc(p.names, func(n string) bool { return n == name })
-	p.dropped = append(p.dropped, name)
+	if name != p.own { // its file was closed at once
+		h.server.put(frame{head: head{T: tForgot, Pack: name}})
+	}
 	h.releaseLocked(p)
 	return nil
 }
@@ -342,11 +344,8 @@ func (h *Hub) releaseLocked(p *outPack) {
 	for m := range p.had {
 		m.out.put(frame{head: head{T: tForgot, Pack: p.name}})
 	}
-	if h.server == nil {
-		return
-	}
-	for _, name := range p.dropped {
-		h.server.put(frame{head: head{T: tForgot, Pack: name}})
+	if h.server != nil {
+		h.server.put(frame{head: head{T: tForgot, Pack: p.own}})
 	}
 }
 

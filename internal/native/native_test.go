@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"runtime"
@@ -373,11 +374,11 @@ func TestPacks(t *testing.T) {
 			t.Errorf("the model went to %s %d times", l.member.site, n)
 		}
 	}
-	w.send(frame{head: head{T: tDrop, Pack: "s.1"}})
-	w.send(frame{head: head{T: tDrop, Pack: "s.2"}})
-	for _, name := range []string{"s.1", "s.2"} {
+	// The file of the second was never kept: an app that makes its model anew for each client would otherwise have them all at once.
+	for _, name := range []string{"s.2", "s.1"} {
+		w.send(frame{head: head{T: tDrop, Pack: name}})
 		if f := w.next(tForgot); f.Pack != name {
-			t.Errorf("%s is forgotten before %s", f.Pack, name)
+			t.Errorf("%s is forgotten when %s is dropped", f.Pack, name)
 		}
 	}
 	w.done()
@@ -490,6 +491,76 @@ func TestWorkersThatNeverStart(t *testing.T) {
 	if err := s.Run(t.Context(), linked); err == nil || !strings.Contains(err.Error(), "ended 3 times before it was ready") || w.starts.Load() != maxDeaths {
 		t.Errorf("%v after %d starts", err, w.starts.Load())
 	}
+}
+
+// Nor is one that ends as soon as it is ready and has nothing to do.
+func TestWorkersThatEndIdle(t *testing.T) {
+	w := &world{t: t}
+	s := NewSite(SiteOptions{
+		Name: "a", Clients: 1, Workers: 1, Isolation: Warm, OnReady: func(Readiness) {}, OnDeath: func(string, bool) {},
+		Start: func(int) (Process, error) {
+			w.starts.Add(1)
+			return w.process(func(c *conn) { w.ready(c, true) }), nil
+		},
+	})
+	close(s.welcomed)
+	if err := s.Run(t.Context(), make(chan struct{})); err == nil || !strings.Contains(err.Error(), "ended 3 times before it had a message") || w.starts.Load() != maxDeaths {
+		t.Errorf("%v after %d starts", err, w.starts.Load())
+	}
+}
+
+// Where each message has a process of its own, be it since the app cannot be forked, one more is started ahead; not if slots have devices.
+func TestSpareWorker(t *testing.T) {
+	for _, c := range []struct {
+		isolation string
+		noSpare   bool
+		want      []int
+	}{{PerMessage, false, []int{0, 1, 2}}, {Fork, false, []int{0, 1, 2}}, {PerMessage, true, []int{0, 1}}, {Fork, true, []int{0, 1}}} {
+		w := &world{t: t}
+		ctx, cancel := context.WithCancel(t.Context())
+		started := make(chan int, 100)
+		s := NewSite(SiteOptions{
+			Name: "a", Clients: 2, Workers: 2, Isolation: c.isolation, NoSpare: c.noSpare, OnReady: func(Readiness) {}, OnDeath: func(string, bool) {},
+			Start: func(slot int) (Process, error) {
+				started <- slot
+				return w.process(func(c *conn) {
+					if w.ready(c, false) {
+						_, _ = c.read() // the end
+					}
+				}), nil
+			},
+		})
+		close(s.welcomed)
+		over := make(chan struct{})
+		go func() {
+			defer close(over)
+			_ = s.Run(ctx, make(chan struct{}))
+		}()
+		seen := map[int]bool{}
+		for len(seen) < len(c.want) {
+			seen[<-started] = true
+		}
+		cancel()
+		<-over
+		close(started)
+		for slot := range started {
+			seen[slot] = true
+		}
+		if got := slices.Sorted(maps.Keys(seen)); !slices.Equal(got, c.want) {
+			t.Errorf("%+v: the slots %v had workers", c, got)
+		}
+	}
+}
+
+// ready is what a fake worker says until it has the app.
+func (w *world) ready(c *conn, fork bool) bool {
+	if c.write(frame{head: head{T: tHello, Protocol: Protocol}}) != nil {
+		return false
+	}
+	if _, err := c.read(); err != nil {
+		return false
+	}
+	return c.write(frame{head: head{T: tReady, Fork: &fork}}) == nil
 }
 
 // A message for a node that is gone, or goes before it has answered, is answered for; the ServerApp is told who is there.
@@ -629,4 +700,22 @@ func TestMemoryOfLargePacks(t *testing.T) {
 		t.Errorf("the heap has grown by %d MiB", grown>>20)
 	}
 	w.done()
+}
+
+// A model of which only a part comes ends the site's side: its messages would never be answered.
+func TestModelThatDoesNotCome(t *testing.T) {
+	s := NewSite(SiteOptions{Name: "a", Clients: 1, Workers: 1})
+	defer s.arrivals.close()
+	s.nodes[1] = &node{id: 1}
+	if err := s.message(t.Context(), frame{head: head{T: tMsg, ID: "m", Node: 1, TTL: 100, Pack: "h.1", Lens: []int64{10}}}); err != nil {
+		t.Fatal(err)
+	}
+	b := encoded(t, frame{head: head{T: tPack, Name: "h.1", Size: 10}})
+	if err := s.arrivals.take(strings.NewReader(string(b) + "half")); err == nil {
+		t.Error("half a pack was taken")
+	}
+	if err := <-s.broken; !strings.Contains(err.Error(), "take in the pack h.1 of 10 bytes: unexpected EOF") {
+		t.Errorf("%v", err)
+	}
+	s.packs.Wait()
 }

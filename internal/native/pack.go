@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"slices"
@@ -187,6 +188,7 @@ type arrival struct {
 	done chan struct{}
 	file *os.File // nil after done: it did not come
 	size int64
+	err  error // why it did not, if this end knows
 }
 
 func newArrivals(files *memFiles) *arrivals {
@@ -218,21 +220,21 @@ func (a *arrivals) take(s io.Reader) error {
 		return errFrame("a stream of a pack begins with %q", f.T)
 	}
 	file, err := a.files.get("pack", f.Size)
-	if err != nil {
-		return err
+	if err == nil {
+		err = receive(s, file, f.Size)
 	}
-	err = receive(s, file, f.Size)
 	p := a.of(f.Name)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	select {
 	case <-p.done: // twice, or too late
-		_ = file.Close()
+		closeFiles([]*os.File{file})
 		return err
 	default:
 	}
-	if err != nil {
-		_ = file.Close()
+	if err != nil { // who waits is told: nobody else knows what it was to be
+		closeFiles([]*os.File{file})
+		p.err = fmt.Errorf("take in the pack %s of %d bytes: %w", f.Name, f.Size, err)
 	} else {
 		p.file, p.size = file, f.Size
 	}
@@ -247,6 +249,9 @@ func (a *arrivals) wait(ctx context.Context, name string) (*os.File, int64, erro
 	case <-p.done:
 	case <-ctx.Done():
 		return nil, 0, context.Cause(ctx)
+	}
+	if p.err != nil {
+		return nil, 0, p.err
 	}
 	if p.file == nil {
 		return nil, 0, errFrame("the pack %s did not come", name)

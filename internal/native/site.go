@@ -23,8 +23,11 @@ const (
 	PerMessage = "process" // a process serves one message
 )
 
-// maxDeaths is how many times in a row a worker may die before it is ready.
-const maxDeaths = 3
+// maxDeaths is how many times in a row a worker may die before it is ready, or soon after that without having had a message.
+const (
+	maxDeaths = 3
+	soon      = time.Minute
+)
 
 // SiteOptions say what a site runs. None of the functions may block.
 type SiteOptions struct {
@@ -35,6 +38,7 @@ type SiteOptions struct {
 	Isolation  string                          // Warm, Fork or PerMessage
 	App        StartApp                        // what the workers run
 	Start      func(slot int) (Process, error) // starts a worker's process; slots count from 0
+	NoSpare    bool                            // slots have devices of their own: none is started ahead of its turn on those of another
 	Open       OpenFunc                        // to the hub's runner
 	Log        *slog.Logger                    // nil: nothing is logged
 	OnReady    func(Readiness)                 // once, when the first worker is ready
@@ -59,7 +63,9 @@ type Site struct {
 	welcomed chan struct{} // closed when run and nodes are known
 	run      uint64
 	limit    chan struct{} // as many tokens as messages may be worked on at a time
+	spare    func()        // starts one slot more, once: its worker is started ahead where each serves one message
 	packs    sync.WaitGroup
+	broken   chan error // of capacity 1: a model did not come, so that its messages would never be answered
 
 	mu       sync.Mutex // guards the rest
 	isolate  string
@@ -107,7 +113,7 @@ func NewSite(opt SiteOptions) *Site {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Site{
-		opt: opt, prefix: rand.Text()[:8], welcomed: make(chan struct{}), isolate: opt.Isolation,
+		opt: opt, prefix: rand.Text()[:8], welcomed: make(chan struct{}), broken: make(chan error, 1), isolate: opt.Isolation,
 		limit: make(chan struct{}, opt.Workers), nodes: map[uint64]*node{}, work: make(chan struct{}), refs: map[string]int{}, forgot: map[string]bool{},
 	}
 	s.arrivals = newArrivals(&s.files)
@@ -128,12 +134,16 @@ func (s *Site) Accept(ctx context.Context, target string, st Stream) error {
 // left when it returns. linked is closed when streams can be opened: workers start before that.
 func (s *Site) Run(ctx context.Context, linked <-chan struct{}) error {
 	g, gctx := errgroup.WithContext(ctx)
-	slots := s.opt.Workers
-	if s.opt.Isolation == PerMessage {
-		slots++ // one is started ahead
-	}
-	for i := range slots {
+	s.spare = sync.OnceFunc(func() {
+		if !s.opt.NoSpare {
+			g.Go(func() error { return s.slot(gctx, s.opt.Workers) })
+		}
+	})
+	for i := range s.opt.Workers {
 		g.Go(func() error { return s.slot(gctx, i) })
+	}
+	if s.opt.Isolation == PerMessage {
+		s.spare()
 	}
 	g.Go(func() error {
 		select {
@@ -142,6 +152,14 @@ func (s *Site) Run(ctx context.Context, linked <-chan struct{}) error {
 			return context.Cause(gctx)
 		}
 		return s.control(gctx)
+	})
+	g.Go(func() error {
+		select {
+		case err := <-s.broken:
+			return err
+		case <-gctx.Done():
+			return context.Cause(gctx)
+		}
 	})
 	err := g.Wait()
 	s.packs.Wait()
@@ -234,7 +252,13 @@ func (s *Site) message(ctx context.Context, f frame) error {
 	s.packs.Go(func() {
 		file, _, err := s.arrivals.wait(ctx, f.Pack)
 		if err != nil {
-			return // the link's end
+			if ctx.Err() == nil { // or else the link's end
+				select {
+				case s.broken <- err:
+				default: // it is told already
+				}
+			}
+			return
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
@@ -316,9 +340,11 @@ func (s *Site) isolation() string {
 func (s *Site) slot(ctx context.Context, i int) error {
 	for deaths := 0; ; {
 		w, err := s.hire(ctx, i)
+		worked := false
 		if err == nil {
-			deaths = 0
+			hired := time.Now()
 			err = s.employ(ctx, w)
+			worked = w.worked || time.Since(hired) > soon
 			// The next one need not wait for that. One that has served its message has things to do at its exit, as under Flower.
 			patience := endPatience
 			if err == nil && ctx.Err() == nil {
@@ -333,14 +359,23 @@ func (s *Site) slot(ctx context.Context, i int) error {
 		if err != nil && !errors.As(err, &d) && !errors.Is(err, errAgain) {
 			return err
 		}
+		if d == nil || d.busy || worked {
+			deaths = 0
+		} else {
+			deaths++
+		}
 		if d != nil {
 			s.opt.OnDeath(d.how, d.busy)
-			if !d.ready {
-				deaths++
+		}
+		if deaths == maxDeaths {
+			when := "before it was ready"
+			if d.ready {
+				when = "before it had a message"
 			}
-			if deaths == maxDeaths {
-				return problem.New(problem.ProgramFailed, "look into client_app_log.txt", "a worker of %s ended %d times before it was ready, the last time with: %s", s.opt.Name, deaths, d.how)
-			}
+			return problem.New(problem.ProgramFailed, "look into client_app_log.txt", "a worker of %s ended %d times %s, the last time with: %s", s.opt.Name, deaths, when, d.how)
+		}
+		if errors.Is(err, errAgain) {
+			s.spare()
 		}
 	}
 }
@@ -365,6 +400,7 @@ type worker struct {
 	wg        sync.WaitGroup
 	has       map[string]bool // packs that it holds
 	sent      chan struct{}   // of capacity 1: one reply's pack is on its way at a time
+	worked    bool            // it was given a message
 }
 
 // hire starts a worker and has it load the app.
@@ -472,6 +508,7 @@ func (s *Site) employ(ctx context.Context, w *worker) error {
 		}
 		t, err := s.await(ctx, w)
 		if err == nil {
+			w.worked = true
 			err = s.serve(ctx, w, t)
 			s.done(t)
 		}

@@ -14,7 +14,7 @@ from typing import Any
 
 PROTOCOL = 1
 DESCRIPTOR = 3
-MAX_HEAD = 1 << 20
+MAX_HEAD = 4 << 20
 MAX_BODY = (1 << 31) - 1
 MAX_FDS = 2
 ASIDE = 200  # where the socket is moved to
