@@ -16,6 +16,7 @@ from .packs import ReadPacks, WorkerPacks, check, read
 from .randomness import Generators
 from .readings import numbers, round_of
 
+LONGEST = 2000  # letters of an error in a head, which is for events; the reply itself has all of them
 LOAD_REASON = "An exception was raised when attempting to load `ClientApp`"  # Flower's, in each generation
 
 
@@ -118,7 +119,7 @@ class Worker:
             proto, blobs = self._encode(reply)
         answer["seconds"] = time.perf_counter() - begun
         if reply.has_error():
-            answer["error"] = {"code": reply.error.code, "reason": reply.error.reason or ""}
+            answer["error"] = {"code": reply.error.code, "reason": (reply.error.reason or "")[:LONGEST]}
         else:
             self._note(answer, "numbers", lambda: numbers(self.gen, reply.content))
         out = Frame(answer, proto)
@@ -221,7 +222,7 @@ def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
     worker = Worker.load(gen, start, f"c.{os.getpid()}")
     ready: dict[str, Any] = {"t": "ready"}
     if worker.failure is not None:
-        ready["error"] = f"{type(worker.failure).__name__}: {worker.failure}"
+        ready["error"] = f"{type(worker.failure).__name__}: {worker.failure}"[:LONGEST]
     if isolation == "fork":
         why = forking.unsafe()
         if why:

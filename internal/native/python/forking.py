@@ -25,7 +25,7 @@ from .client import Worker
 from .exits import leave
 from .frames import Frame, Link, ProtocolError
 from .generations import CRASHED_REASON, RAISED
-from .packs import FEW, ROOM, Idle
+from .packs import FEW, ROOM, Idle, keep
 from .randomness import Generators
 from .readings import round_of
 
@@ -33,6 +33,7 @@ QUICK = 10  # milliseconds for an answer, before the next child is forked meanwh
 LINGER = 3.0  # seconds that the last children have for their exit
 _FDS = 5  # pack, state's pack, and files to write into
 _PR_SET_PDEATHSIG = 1
+_OMP_PAUSE_SOFT = 1
 
 
 def unsafe() -> str:
@@ -55,6 +56,21 @@ def unsafe() -> str:
 def prepare() -> None:
     """See to it, before the app is loaded, that asking torch for GPUs does not open them: no child could use them then."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+def rest() -> None:
+    """Have GNU's OpenMP end the threads that loading the app has started: each child would wait for them for ever.
+
+    A child that wants some starts its own. OpenBLAS, and the OpenMP of LLVM and Intel, see to forks themselves.
+    """
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as f:
+            paths = {line.split(maxsplit=5)[-1].strip() for line in f if "libgomp" in line}
+    except OSError:
+        return  # no /proc: nothing is forked
+    for path in paths:
+        with contextlib.suppress(OSError, AttributeError):  # those of GCC 8 and before lack it
+            ctypes.CDLL(path).omp_pause_resource_all(_OMP_PAUSE_SOFT)
 
 
 def _open_files() -> set[str]:
@@ -119,6 +135,7 @@ class Template:
 
     def serve(self) -> int:
         """Answer messages until the runner goes away."""
+        rest()
         gc.collect()
         gc.freeze()  # or the first collection in a child copies every page that has an object
         try:
@@ -171,7 +188,7 @@ class Template:
             used = set()
             if reply is not None:
                 for name, fd in zip(reply.head.get("fds") or [], reply.fds):
-                    self._busy[name] = fd
+                    keep(self._busy, name, fd)
                     used.add(os.fstat(fd).st_ino)
             for fd in idle:
                 if os.fstat(fd).st_ino in used:
@@ -283,6 +300,12 @@ class Template:
     # -- children -----------------------------------------------------------------------------------------------
 
     def _fork(self) -> _Child:
+        try:
+            return self._forked()
+        except OSError as e:  # not to be taken for the runner's end
+            raise RuntimeError(f"no process can be forked for a message: {e}") from e
+
+    def _forked(self) -> _Child:
         ours, theirs = socket.socketpair()
         self._count += 1
         parent = os.getpid()

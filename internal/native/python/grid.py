@@ -116,7 +116,9 @@ class Exchange:
         todo = [i for i in ids if i]
         with self._changed:
             while True:
-                todo = [i for i in todo if i in self._waiting]
+                # Each reply wakes this: looking at the last one that is missing, not at all, costs the same for any number.
+                while todo and todo[-1] not in self._waiting:
+                    todo.pop()
                 left = None if end is None else end - time.monotonic()
                 if not todo or (left is not None and left <= 0):
                     return
@@ -139,9 +141,15 @@ class Exchange:
                 finally:
                     frame.close()
         except (EOFError, OSError, ProtocolError) as e:
-            with self._changed:
-                self._gone = e
-                self._changed.notify_all()
+            self._end(e)
+        except Exception as e:  # noqa: BLE001 - no memory for a reply, or a mistake of ours: who waits must not do so for ever
+            logging.getLogger("flwr").error("what the runner sent cannot be taken in", exc_info=e)
+            self._end(e)
+
+    def _end(self, why: BaseException) -> None:
+        with self._changed:
+            self._gone = why
+            self._changed.notify_all()
 
     def take(self, frame: Frame) -> None:
         """Take in one frame."""
@@ -189,6 +197,9 @@ class Exchange:
         self._settle(head["id"], make)
 
     def _lost(self, meta: Any, code: int) -> Any:
+        if self.gen.answers_unknown_ids and self.gen.lost(code)[0] == EXPIRED:
+            # The SuperLink has removed such a message, and knows nothing of it but the id that it is asked for.
+            meta = meta.message_id
         return self.gen.lost_reply(self._run_id, meta, code, time.time())
 
     def _settle(self, mid: str, make: Any) -> None:

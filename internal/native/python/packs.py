@@ -19,6 +19,7 @@ ROOM = 256 << 20  # bytes of arrays that are kept at hand; the newest pack is, h
 FEW = 8  # packs that are kept at hand at most
 SMALL = 256 << 10  # arrays up to here are read together
 TOGETHER = 8 << 20  # as much as this in one go
+OPEN = 64  # packs that were written and not freed whose files are kept for the next ones
 _IOV = 1000  # buffers per call; Linux takes 1024
 
 
@@ -93,6 +94,13 @@ def _pread(fd: int, n: int, offset: int) -> bytes:
         parts.append(part)
         got += len(part)
     return b"".join(parts)
+
+
+def keep(busy: dict[str, int], name: str, fd: int) -> None:
+    """Remember the file of a pack that somebody reads. Each node's state may be one: there are not descriptors for any number."""
+    busy[name] = fd
+    while len(busy) > OPEN:
+        os.close(busy.pop(next(iter(busy))))  # the reader has its own; the file is not used again, that is all
 
 
 class Idle:
@@ -195,7 +203,7 @@ class WorkerPacks:
         name = f"{self._prefix}.{self._count}"
         fd = self._idle.get(name)
         write(fd, blobs)
-        self._busy[name] = fd
+        keep(self._busy, name, fd)
         return name, fd
 
     def add(self, fd: int) -> None:

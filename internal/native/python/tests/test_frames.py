@@ -187,6 +187,19 @@ def test_the_same_arrays_are_written_once_and_files_used_again() -> None:
     assert p.writes == 6 and open_fds() > before
 
 
+def test_packs_that_nobody_frees_take_no_descriptors() -> None:
+    """Each of a site's nodes may have its state in one, and there are a thousand descriptors."""
+    before = open_fds()
+    p = packs.WorkerPacks("c")
+    names = [p.put([b"state"])[0] for _ in range(3 * packs.OPEN)]
+    assert open_fds() == before + packs.OPEN
+    fds = set(p._busy.values())
+    for name in names:
+        p.free(name)
+    assert not p._busy and open_fds() == before + packs.Idle.KEEP
+    assert p.put([b"next"])[1] in fds, "what was kept is used again"
+
+
 def test_a_reader_says_what_it_drops() -> None:
     before = open_fds()
     r = packs.ReadPacks()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
 import subprocess
 import sys
 import threading
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from _pergola_native import forking, generations, randomness
+from _pergola_native import forking, generations, grid, randomness
+from _pergola_native.client import Worker
+from _pergola_native.frames import Frame
 from _pergola_native.generations import CRASHED, EXPIRED, NO_REPLY, NODE_GONE, Generation
 from _pergola_native.readings import numbers, round_of
 
@@ -69,6 +73,76 @@ def test_lost_messages_are_answered_as_the_superlink_does(gen: Generation, code:
     assert reply.error.code == getattr(gen.ErrorCode, name)
     assert reply.error.reason == getattr(utils, name + "_ERROR_REASON")
     assert reply.metadata.src_node_id == (gen.server_id if hasattr(gen.ErrorCode, "MESSAGE_UNAVAILABLE") else 99)
+
+
+# -- the server's end ---------------------------------------------------------------------------------------------------
+
+
+def exchange(gen: Generation, receive: Any = None) -> grid.Exchange:
+    return grid.Exchange(gen, SimpleNamespace(send=lambda frame: None, receive=receive), 7, [99])  # type: ignore[arg-type]
+
+
+def test_an_expired_message_is_unknown_to_the_superlink(gen: Generation) -> None:
+    end = exchange(gen)
+    (mid,) = end.push([gen.new_message(7, gen.RecordDict(), "train", 99, "3", 60.0)])
+    end.take(Frame({"t": "lost", "id": mid, "code": EXPIRED}))
+    (reply,) = end.pull([mid])
+    utils = generations.importlib.import_module(gen.state_utils)
+    make = getattr(utils, "create_message_error_unavailable_ins_message", None)
+    if make is None:  # it had none of messages, to 1.16 or so
+        assert (reply.metadata.group_id, reply.metadata.ttl == 0) == (("", True) if gen.answers_unknown_ids else ("3", False))
+        return
+    want = make(**generations.known(make, reply_to_message_id=uuid.UUID(mid) if gen.name == "record dicts" else mid, run_id=7))
+    for name in ("run_id", "src_node_id", "dst_node_id", "reply_to_message_id", "group_id", "message_type", "ttl"):
+        assert getattr(reply.metadata, name) == getattr(want.metadata, name), name
+    assert (reply.error.code, reply.error.reason) == (want.error.code, want.error.reason)
+
+
+def test_what_cannot_be_taken_in_ends_the_wait(gen: Generation) -> None:
+    def receive() -> Frame:
+        raise MemoryError("no room")
+
+    end = exchange(gen, receive)
+    ids = end.push([gen.new_message(7, gen.RecordDict(), "train", 99, "1", None)])
+    end.receive()
+    with pytest.raises(grid.RunnerGoneError, match="no room"):
+        end.wait(ids, None)
+
+
+@pytest.mark.once
+def test_waiting_for_many_costs_the_same_for_each(gen: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(dict[str, Any]):
+        looks = 0
+
+        def __contains__(self, key: object) -> bool:
+            self.looks += 1
+            return super().__contains__(key)
+
+    end = exchange(gen)
+    ids = end.push([gen.new_message(7, gen.RecordDict(), "train", 99, "1", None) for _ in range(500)])
+    end._waiting = waiting = Counted(end._waiting)
+    coming = iter(ids)
+    monkeypatch.setattr(
+        end._changed, "wait", lambda timeout: end.take(Frame({"t": "lost", "id": next(coming), "code": NODE_GONE}))
+    )
+    end.wait(ids, None)
+    assert not waiting and waiting.looks < 3 * len(ids) and len(end.pull(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("letters", [10, 5 << 20])
+def test_an_error_of_any_length_is_answered(gen: Generation, letters: int) -> None:
+    def app(message: Any, context: Any) -> Any:
+        raise ValueError("x" * letters)
+
+    worker = Worker(gen, 7, {}, app, "c")
+    message = gen.new_message(7, gen.RecordDict(), "train", 99, "1", None)
+    gen.stamp(message, 7, "the-id")
+    proto, _ = worker.codec.encode(message, run_id=7, src_node_id=gen.server_id, message_id="the-id")
+    answer = worker.answer(Frame({"t": "msg", "id": "the-id", "node": 99}, proto))
+    gen.set_identity(7, gen.server_id, 1)
+    assert answer.head["error"]["code"] == 2 and len(json.dumps(answer.head)) < 10_000
+    reply = worker.codec.decode(answer.proto, [], [])
+    assert reply.error.reason == f"<class 'ValueError'>:<'{'x' * letters}'>"
 
 
 # -- random numbers ---------------------------------------------------------------------------------------------------
@@ -141,6 +215,44 @@ def test_what_cannot_be_forked_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "/dev/null" in forking._open_files() and f
     monkeypatch.setitem(sys.modules, "jax", SimpleNamespace())  # type: ignore[arg-type]
     assert "imported jax" in forking.unsafe()
+
+
+OPENMP = f"""
+import ctypes, os, signal, sys
+sys.path.insert(0, {str(BOOT.parent)!r})
+import boot; boot.import_package()
+from _pergola_native import forking
+gomp = ctypes.CDLL("libgomp.so.1")
+region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
+gomp.GOMP_parallel(region, None, 3, 0)
+forking.rest()
+pid = os.fork()
+if not pid:
+    signal.alarm(20)  # without rest it waits for ever
+    gomp.GOMP_parallel(region, None, 3, 0)
+    os._exit(7)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.once
+def test_openmp_works_in_a_child_though_it_has_worked_in_its_template() -> None:
+    try:
+        ctypes.CDLL("libgomp.so.1")
+    except OSError:
+        pytest.skip("this machine has no libgomp")
+    p = subprocess.run([sys.executable, "-c", OPENMP], capture_output=True, text=True, timeout=120)
+    assert p.returncode == 7, p.stderr
+
+
+@pytest.mark.once
+def test_a_fork_that_fails_is_not_the_runners_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise BlockingIOError("too many processes")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(RuntimeError, match="no process can be forked for a message: too many processes"):
+        forking.Template(None, None, None)._fork()  # type: ignore[arg-type]
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
