@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -83,7 +84,8 @@ func (r *runner) nativeHub(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	hub := native.NewHub(native.HubOptions{Log: r.log, OnProgress: r.progressed, OnBatch: r.batch})
+	var batches aside
+	hub := native.NewHub(native.HubOptions{Log: r.log, OnProgress: r.progressed, OnBatch: func(b native.Batch) { batches.do(func() { r.batch(b) }) }})
 	// The links go after the party's last word: a site that finds its link broken would be heard first, and taken for the cause.
 	linked, unlink := context.WithCancel(context.WithoutCancel(ctx))
 	links, lctx := errgroup.WithContext(linked)
@@ -120,7 +122,7 @@ func (r *runner) nativeHub(ctx context.Context) error {
 			return err
 		}
 		defer r.close(p)
-		return r.serverApp(ctx, gctx, p, hub)
+		return r.serverApp(ctx, gctx, p, hub, &batches)
 	})
 	if err := g.Wait(); err != nil && !errors.Is(err, errDone) {
 		return err
@@ -136,7 +138,7 @@ func opener(s *link.Session) native.OpenFunc {
 
 // serverApp starts the ServerApp's process, which has imported what it needs by the time the sites are ready, and runs the app once it
 // is wanted. ctx is the party's, of which the grace depends.
-func (r *runner) serverApp(ctx, gctx context.Context, p *prepared, hub *native.Hub) error {
+func (r *runner) serverApp(ctx, gctx context.Context, p *prepared, hub *native.Hub, batches *aside) error {
 	if err := os.MkdirAll(r.spec.Results, 0o700); err != nil {
 		return err
 	}
@@ -179,6 +181,7 @@ func (r *runner) serverApp(ctx, gctx context.Context, p *prepared, hub *native.H
 	}
 	r.move(job.PartyRunning, nil)
 	res, err := hub.Run(gctx, peer, native.StartApp{Dir: app, Cwd: p.dir, Config: r.spec.Spec.RunConfig})
+	batches.wait()
 	if err != nil {
 		return r.serverGone(gctx, hosted, err)
 	}
@@ -305,7 +308,7 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 		workers = min(workers, n)
 	}
 	site := native.NewSite(native.SiteOptions{
-		Name: r.spec.Party, Clients: clients, Workers: workers, Isolation: isolation, Log: r.log,
+		Name: r.spec.Party, Clients: clients, Workers: workers, Isolation: isolation, Log: r.log, NoSpare: workers > 1 && devices.workers() > 0,
 		App: native.StartApp{Dir: app, Cwd: p.dir, Config: spec.RunConfig},
 		NodeConfig: func(i int) any {
 			return job.NodeConfig(spec.NodeConfigFor(r.spec.Party, first+i, spec.Partitions(r.spec.Count)))
@@ -384,8 +387,12 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 	})
 	err = g.Wait()
 	if ctx.Err() == nil && gctx.Err() == nil {
-		if s := session(); s != nil && s.Err() != nil { // whatever broke first, this is why
-			return r.linkLost(s)
+		select {
+		case <-linked:
+			if s := session(); s.Err() != nil { // whatever broke first, this is why
+				return r.linkLost(s)
+			}
+		default: // it is still being dialled
 		}
 	}
 	return err
@@ -422,6 +429,50 @@ func (d devices) env(slot int) []string {
 		}
 	}
 	return []string{deviceEnv + "=" + strings.Join(mine, ",")}
+}
+
+// aside does one thing after the other on a goroutine of its own. An event is on the disk when its making returns, and messages must not
+// wait for a disk. The zero value is ready.
+type aside struct {
+	mu    sync.Mutex // guards the rest
+	queue []func()
+	idle  chan struct{} // closed when the goroutine has ended; nil when there is none
+}
+
+func (a *aside) do(f func()) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.queue = append(a.queue, f)
+	if a.idle == nil {
+		a.idle = make(chan struct{})
+		go a.work() // ends when nothing is left to do
+	}
+}
+
+func (a *aside) work() {
+	for {
+		a.mu.Lock()
+		if len(a.queue) == 0 {
+			close(a.idle)
+			a.idle = nil
+			a.mu.Unlock()
+			return
+		}
+		f := a.queue[0]
+		a.queue = a.queue[1:]
+		a.mu.Unlock()
+		f()
+	}
+}
+
+// wait waits until all that was to be done is.
+func (a *aside) wait() {
+	a.mu.Lock()
+	idle := a.idle
+	a.mu.Unlock()
+	if idle != nil {
+		<-idle
+	}
 }
 
 // batch makes an event of what a site's replies had in them.

@@ -40,3 +40,25 @@ func TestDevicesOfWorkers(t *testing.T) {
 		}
 	}
 }
+
+// What is done aside holds up nobody, and is done in its order by the end of the wait.
+func TestAside(t *testing.T) {
+	var a aside
+	a.wait() // for nothing
+	gate := make(chan struct{})
+	var got []int
+	a.do(func() { <-gate })
+	for i := range 100 {
+		a.do(func() { got = append(got, i) })
+	}
+	close(gate)
+	a.wait()
+	if len(got) != 100 || !slices.IsSorted(got) {
+		t.Errorf("done: %v", got)
+	}
+	a.do(func() { got = nil })
+	a.wait()
+	if got != nil {
+		t.Error("what came after a wait was not done")
+	}
+}
