@@ -280,8 +280,8 @@ func TestTwoVersionsAtOnce(t *testing.T) {
 	}
 	dir := t.TempDir()
 	var rs []*run
-	for _, v := range []string{oldest, "1.30.0"} {
-		rs = append(rs, start(t, spec{app: "look", args: []string{"--flwr", v, "--site-env", "GATE=" + filepath.Join(dir, "gate")}}))
+	for i, v := range []string{oldest, "1.30.0"} {
+		rs = append(rs, start(t, spec{app: "look", args: []string{"--flwr", v, "--site-env", "GATE=" + filepath.Join(dir, "gate")}, pair: i > 0}))
 	}
 	for _, r := range rs {
 		r.round(1)

@@ -102,6 +102,7 @@ type spec struct {
 	wrap []string // a command that execs its arguments; the pid must stay the same
 	out  string   // --out; default a new folder of its own
 	idle bool     // it mostly waits: it takes a slot of those for such runs
+	pair bool     // it goes on together with another run of its test, whose slot is for both: that one waits for this one
 }
 
 // event is a line of --json.
@@ -180,8 +181,11 @@ func start(t *testing.T, s spec) *run {
 	if s.idle {
 		pool = idle
 	}
-	pool <- struct{}{}
-	r.free = sync.OnceFunc(func() { <-pool })
+	r.free = func() {}
+	if !s.pair {
+		pool <- struct{}{}
+		r.free = sync.OnceFunc(func() { <-pool })
+	}
 
 	args := append(slices.Clone(s.wrap), binary, "run", r.app, "--json", "--out", r.out)
 	if !slices.Contains(s.args, "--engine") && !slices.Contains(s.args, "--clients") {
