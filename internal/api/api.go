@@ -13,7 +13,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect/v2"
@@ -75,13 +77,28 @@ func Dial(up uplink.Config) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newClient(func() *http.Transport {
+	return newDialing(d.Dial, "https://"+d.Hubs()[0]), nil
+}
+
+// newDialing is a client over TLS connections.
+func newDialing(dial func(context.Context) (*tls.Conn, error), base string) *Client {
+	last := new(atomic.Pointer[tls.Conn])
+	c := newClient(func() *http.Transport {
 		return &http.Transport{
-			DialTLSContext:    func(ctx context.Context, _, _ string) (net.Conn, error) { return d.Dial(ctx) },
+			DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+				conn, err := dial(ctx)
+				if err != nil {
+					return nil, err // a nil *tls.Conn would be no nil net.Conn
+				}
+				last.Store(conn)
+				return conn, nil
+			},
 			ForceAttemptHTTP2: true,
 			HTTP2:             &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 5 * time.Second},
 		}
-	}, "https://"+d.Hubs()[0]), nil
+	}, base)
+	c.conns.last = last
+	return c
 }
 
 // NewRunnerClient calls the runner that serves the socket at path.
@@ -94,6 +111,7 @@ func NewRunnerClient(path string) *Client {
 // conns are a client's connections, which can be left to their calls while later calls have others.
 type conns struct {
 	make func() *http.Transport
+	last *atomic.Pointer[tls.Conn] // the newest one; nil where there is no TLS
 
 	mu  sync.Mutex      // guards the rest
 	now *http.Transport // of calls that begin
@@ -106,7 +124,37 @@ func (c *conns) transport() *http.Transport {
 }
 
 // RoundTrip implements http.RoundTripper.
-func (c *conns) RoundTrip(r *http.Request) (*http.Response, error) { return c.transport().RoundTrip(r) }
+func (c *conns) RoundTrip(r *http.Request) (*http.Response, error) {
+	res, err := c.transport().RoundTrip(r)
+	if err == nil || c.last == nil || pki.Explain(err) != nil {
+		return res, err
+	}
+	if conn := c.last.Load(); conn != nil && (cannotWrite(err) || strings.Contains(err.Error(), notEstablished)) {
+		if why := ending(conn); pki.Explain(why) != nil {
+			return nil, why
+		}
+	}
+	return nil, err
+}
+
+// notEstablished is what net/http says, in place of the reason, of a new connection whose end was read before the first request
+// was written, as when a certificate is refused after this end's part of the handshake (h2_bundle.go, errClientConnNotEstablished).
+const notEstablished = "client conn could not be established"
+
+// cannotWrite tells whether a connection takes no more.
+func cannotWrite(err error) bool {
+	op, ok := errors.AsType[*net.OpError](err)
+	return ok && op.Op == "write"
+}
+
+// ending gives the error that the reader of a connection that is over has met: crypto/tls gives it to every later reader, too.
+func ending(c *tls.Conn) error {
+	if err := c.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil && !errors.Is(err, net.ErrClosed) {
+		return err
+	}
+	_, err := c.Read(make([]byte, 1))
+	return err
+}
 
 // CloseIdleConnections is what http.Client calls.
 func (c *conns) CloseIdleConnections() { c.transport().CloseIdleConnections() }

@@ -17,6 +17,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pergolafl/pergola/internal/problem"
@@ -200,7 +201,7 @@ func (d *Dialer) dial(ctx context.Context, hub string) (*tls.Conn, error) {
 		return nil, err
 	}
 	conf := d.tls.Clone()
-	tc := tls.Client(c, conf)
+	tc := tls.Client(&hearsOut{Conn: c}, conf)
 	hs, cancel := context.WithTimeout(ctx, d.waits.tls)
 	defer cancel()
 	if err := tc.HandshakeContext(hs); err != nil {
@@ -212,6 +213,53 @@ func (d *Dialer) dial(ctx context.Context, hub string) (*tls.Conn, error) {
 		return nil, noALPN(hub, via)
 	}
 	return tc, nil
+}
+
+// hearsOut is a connection whose last received bytes can be read after it was closed, if it was closed because the other end
+// takes no more: what the other end said before tells why, as a TLS alert about this end's certificate does.
+type hearsOut struct {
+	net.Conn
+	refused atomic.Bool // a write failed
+
+	reading sync.Mutex // held while bytes are read, and guards rest
+	rest    []byte
+}
+
+// lastWait is how long a closing end waits for bytes that the other end may have sent before it took no more; they are there already.
+const lastWait = 50 * time.Millisecond
+
+// NetConn gives the connection below, as tls.Conn's does.
+func (c *hearsOut) NetConn() net.Conn { return c.Conn }
+
+func (c *hearsOut) Write(b []byte) (int, error) {
+	n, err := c.Conn.Write(b)
+	if err != nil {
+		c.refused.Store(true)
+	}
+	return n, err
+}
+
+func (c *hearsOut) Read(b []byte) (int, error) {
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	if len(c.rest) > 0 {
+		n := copy(b, c.rest)
+		c.rest = c.rest[n:]
+		return n, nil
+	}
+	return c.Conn.Read(b)
+}
+
+func (c *hearsOut) Close() error {
+	if c.refused.Swap(false) && c.SetReadDeadline(time.Now().Add(lastWait)) == nil {
+		c.reading.Lock()          // whoever reads now has an end soon
+		last := make([]byte, 512) // of a record with an alert, 24 bytes
+		if n, _ := c.Conn.Read(last); n > 0 {
+			c.rest = append(c.rest, last[:n]...)
+		}
+		c.reading.Unlock()
+	}
+	return c.Conn.Close()
 }
 
 // direct connects to the hub without a proxy.
