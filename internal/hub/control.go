@@ -32,6 +32,7 @@ type control struct {
 	id  job.ID
 
 	runner   chan struct{}       // closed when the hub's party is over; nil before its start
+	hubGone  <-chan struct{}     // closed when the process of the hub's runner has ended, which runner follows
 	cursor   int64               // the last event that was looked at
 	looked   time.Time           // when the events were read last
 	times    map[int64]time.Time // what when has given
@@ -344,6 +345,11 @@ func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *de
 		}
 		return c.hub.stop(ctx, j, cause)
 	}
+	if !hub.State.Terminal() && c.isHubGone() {
+		// What it has left, or its death, is about to be stored, which wakes this. What sites say meanwhile, as when all machines
+		// lost their power, is no cause before that.
+		return nil
+	}
 	l, end, err := c.call(ctx, j, ps, due)
 	if err != nil {
 		return err
@@ -405,6 +411,16 @@ func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *de
 		}
 	}
 	return nil
+}
+
+// isHubGone tells whether the process of the hub's runner has ended.
+func (c *control) isHubGone() bool {
+	select {
+	case <-c.hubGone: // nil until there is one
+		return true
+	default:
+		return false
+	}
 }
 
 // call looks at each site, and tells whether the job cannot go on: a site that it cannot do without, a failure that it does
@@ -755,7 +771,7 @@ func (c *control) startHub(ctx context.Context, wg *sync.WaitGroup, j job.Job, h
 		seq = 0
 	}
 	gone := make(chan struct{})
-	c.runner = gone
+	c.runner, c.hubGone = gone, hd.Gone()
 	wg.Go(func() {
 		defer close(gone)
 		err := hd.Keep(ctx, seq, mark, want, func(e runner.Entry) error { return c.record(ctx, attempt, e) })

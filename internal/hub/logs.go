@@ -60,11 +60,11 @@ func (h *Hub) takeLog(ctx context.Context, j job.Job, party string, c *pb.LogChu
 	}
 	var said []string // what is new, told when the folder is free again
 	d.OnGap = func(name string, g logs.Gap, first bool) {
-		switch {
-		case c.GetSkipped() > 0 && g.To == c.GetOffset():
-			said = append(said, fmt.Sprintf("%d bytes (%s) of %s of %s were dropped there before they could be copied", g.Bytes(), human.IBytes(uint64(g.Bytes())), name, party))
-		case first:
+		if first { // here, or there, where the quota is the same
 			said = append(said, logs.QuotaReached(party, name, d.Quota))
+		}
+		if c.GetSkipped() > 0 && g.To == c.GetOffset() {
+			said = append(said, fmt.Sprintf("%d bytes (%s) of %s of %s were dropped there before they could be copied", g.Bytes(), human.IBytes(uint64(g.Bytes())), name, party))
 		}
 	}
 	var times []logs.Time

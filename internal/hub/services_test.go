@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/pelletier/go-toml/v2"
 	"go.uber.org/goleak"
 
@@ -312,6 +313,38 @@ func TestWhoMayCall(t *testing.T) {
 				t.Errorf("%s by %s: %v, want it denied", m.name, who, err)
 			}
 		}
+	}
+}
+
+// What a site's log has lost there before it could be copied is told each time, and once that it is because of the quota.
+func TestLostLinesAreTold(t *testing.T) {
+	s := serve(t)
+	id, _ := s.submit()
+	for _, at := range []int64{1000, 2000} {
+		if _, err := s.as(siteA).Sites.PushLogs(t.Context(), &pb.PushLogsRequest{Chunks: []*pb.LogChunk{
+			{JobId: string(id), File: "client_app_log.txt", Offset: at, Skipped: at, Data: []byte("line\n")},
+		}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	es, err := s.hub.db.Events(t.Context(), id, 0, 100)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range es {
+		var text job.Text
+		if e.Kind == job.KindWarning && e.Decode(&text) == nil {
+			got = append(got, e.Party+": "+text.Message)
+		}
+	}
+	want := []string{
+		"a: the logs of a have reached their quota of 1.0 GiB: from here on the middle of client_app_log.txt is left out; its beginning and its newest lines are kept",
+		"a: 1000 bytes (1000 B) of client_app_log.txt of a were dropped there before they could be copied",
+		"a: 995 bytes (995 B) of client_app_log.txt of a were dropped there before they could be copied",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Error(diff)
 	}
 }
 

@@ -289,6 +289,19 @@ func TestSites(t *testing.T) {
 			r.step()
 			r.is(job.Stopping, "hub-runner-died of hub")
 		}},
+		{"the hub's runner takes the job with it, whoever says first that all machines lost their power", job.Spec{}, func(r *rig) {
+			r.running()
+			gone := make(chan struct{})
+			close(gone)
+			r.c.hubGone = gone
+			r.says("a", 0, job.PartyFailed, cause(problem.SiteRunnerDied, "a"))
+			r.says("b", 0, job.PartyFailed, cause(problem.SiteRunnerDied, "b"))
+			r.step()
+			r.is(job.Running, "")
+			r.says(job.HubParty, 0, job.PartyFailed, cause(problem.HubRunnerDied, "hub"))
+			r.step()
+			r.is(job.Failed, "hub-runner-died of hub")
+		}},
 		{"with restarts all parties begin anew, as often as allowed", job.Spec{Server: job.Server{Restarts: 1, Database: "db"}}, func(r *rig) {
 			r.running()
 			r.event(10, job.HubParty, job.KindNote, job.Text{Message: "the run is finished"})

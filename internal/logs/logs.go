@@ -120,7 +120,6 @@ func (d Dir) Append(name string, offset, skipped int64, data []byte, times []Tim
 	if err != nil {
 		return have, fmt.Errorf("append to log: %w", err)
 	}
-	seg := w.seg
 	var fresh []Time
 	for _, t := range times {
 		if t.Offset >= w.end() {
@@ -128,9 +127,6 @@ func (d Dir) Append(name string, offset, skipped int64, data []byte, times []Tim
 		}
 	}
 	err = w.write(data[min(max(w.end()-offset, 0), int64(len(data))):], fresh)
-	if err == nil && w.seg != seg {
-		err = d.enforce()
-	}
 	newOffset = w.end()
 	if e := w.close(); err == nil {
 		err = e

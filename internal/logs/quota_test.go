@@ -357,3 +357,30 @@ func TestSet(t *testing.T) {
 		t.Errorf("lines of %d programs, %d logs are open", len(next), len(s.open))
 	}
 }
+
+// A piece of many segments goes in without more than the quota on the disk at any time.
+func TestQuotaWithinOneWrite(t *testing.T) {
+	data := numbered(100_000)
+	for _, copied := range []bool{false, true} {
+		var most int64
+		var gaps int
+		d := Dir{Path: t.TempDir(), Quota: 64 << 10}
+		d.OnGap = func(string, Gap, bool) {
+			gaps++
+			used, err := Usage(d.Path)
+			must(t, err)
+			most = max(most, used)
+		}
+		if copied {
+			_, err := d.Append("a.txt", 0, 0, data, nil)
+			must(t, err)
+		} else {
+			writeAll(t, d, "a.txt", data, len(data))
+		}
+		used, err := Usage(d.Path)
+		must(t, err)
+		if most = max(most, used); most > d.Quota || gaps == 0 {
+			t.Errorf("%d bytes were on the disk, of a quota of %d, in %d gaps", most, d.Quota, gaps)
+		}
+	}
+}

@@ -380,7 +380,11 @@ func (w *writer) atLineStart() bool {
 	return err != nil || b[0] == '\n'
 }
 
+// rotate goes on in a new segment, for which others may have to go. The folder is locked if it has a quota.
 func (w *writer) rotate() error {
+	if err := w.dir.enforce(); err != nil {
+		return err
+	}
 	next, err := w.dir.openSegment(w.name, segment{segmentFile(w.name, w.end()), w.end()})
 	if err != nil {
 		return err
@@ -433,17 +437,14 @@ func (w *Writer) Write(b []byte) (int, error) {
 	return int(w.w.end() - before), err
 }
 
-// locked writes what needs a new segment, for which others may have to go.
+// locked writes what needs a new segment.
 func (w *Writer) locked(b []byte, times []Time) (err error) {
 	l, err := w.w.dir.lock()
 	if err != nil {
 		return err
 	}
 	defer l.Close()
-	if err := w.w.write(b, times); err != nil {
-		return err
-	}
-	return w.w.dir.enforce()
+	return w.w.write(b, times)
 }
 
 // Close ends the writing.

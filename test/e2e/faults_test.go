@@ -486,7 +486,7 @@ var faults = []fault{
 		}, state: job.Succeeded, limit: 2 * time.Minute, more: sameNumbers,
 	},
 	{
-		name: "the power fails everywhere", spec: long, own: true, act: func(v *victim) {
+		name: "the power fails everywhere", spec: long, own: true, fast: true, act: func(v *victim) {
 			v.round(1)
 			v.strike()
 			v.powerCut()
@@ -537,7 +537,7 @@ var faults = []fault{
 		}, state: job.Succeeded, limit: time.Hour, warns: []string{"have reached their quota", "are left out between"}, more: keptOf(10240<<20, int64(job.DefaultLogQuota)),
 	},
 	{
-		name: "a client app prints 32 MB, of which 2 MiB are kept", app: "faulty", spec: job.Spec{RunConfig: []string{`fault="mebibytes"`, "mebibytes=32"}, LogQuota: 2 << 20}, act: func(v *victim) {
+		name: "a client app prints 32 MB, of which 2 MiB are kept", app: "faulty", fast: true, spec: job.Spec{RunConfig: []string{`fault="mebibytes"`, "mebibytes=32"}, LogQuota: 2 << 20}, act: func(v *victim) {
 			v.round(1)
 			v.strike()
 			v.logsStayWithin(2 << 20)
