@@ -38,6 +38,7 @@ type control struct {
 	times    map[int64]time.Time // what when has given
 	moved    time.Time           // the last event that shows progress
 	prep     time.Time           // the last event that shows progress of the preparation
+	begun    bool                // the run has begun: the hub's party runs, or ran in its present attempt
 	over     bool                // the app has finished
 	ending   time.Time           // since when the job is stopping
 	enough   time.Time           // since when as many sites as the job needs are connected, or ready
@@ -290,10 +291,12 @@ func (c *control) follow(e job.Event) {
 	switch s.To {
 	case job.PartyReady:
 		c.ready[e.Party] = true
+	case job.PartyRunning:
+		c.begun = c.begun || e.Party == job.HubParty
 	case job.PartyAbsent: // it begins anew
 		delete(c.ready, e.Party)
 		if e.Party == job.HubParty {
-			c.over = false
+			c.begun, c.over = false, false
 			c.enough = time.Time{}
 		}
 	}
@@ -335,7 +338,7 @@ func (c *control) active(ctx context.Context, j job.Job, ps []job.Party, due *de
 		return c.hub.stop(ctx, j, problem.New(problem.Deadline, "give it more with --deadline, or find out what takes so long", "the job was not finished within its deadline of %s", j.Spec.Deadline))
 	}
 	hub := hubParty(ps)
-	if cause := refusal(j, ps); cause != nil {
+	if cause := c.refusal(j, ps); cause != nil {
 		return c.fallBack(ctx, j, ps, cause, due)
 	}
 	if hub.State == job.PartyFailed {
@@ -520,10 +523,14 @@ const beginPatience = 20 * time.Second
 // maxFallBacks is more than there can be: what is left of an attempt before may speak once more.
 const maxFallBacks = 3
 
-// refusal gives the cause of a party at which the native engine does not work, if the job may run on the other.
-func refusal(j job.Job, ps []job.Party) *job.Cause {
+// refusal gives the cause of a party at which the native engine does not work, if the job may run on the other. What others have worked
+// out is not thrown away for it: once the run has begun on the native engine, such a party fails as any other does.
+func (c *control) refusal(j job.Job, ps []job.Party) *job.Cause {
 	// A party that says so again and again, though it was told of the other engine, is not begun anew for ever.
 	if !j.Spec.EngineAuto || hubParty(ps).Attempt > maxFallBacks+j.Spec.RestartsFor(job.HubParty) {
+		return nil
+	}
+	if c.begun && j.Spec.Engine == job.EngineNative { // the other engine stands there once it is decided
 		return nil
 	}
 	for _, p := range ps {
@@ -536,20 +543,20 @@ func refusal(j job.Job, ps []job.Party) *job.Cause {
 
 // fallBack begins the job anew on Flower's own programs. It goes on where a hub that ended meanwhile has left off.
 func (c *control) fallBack(ctx context.Context, j job.Job, ps []job.Party, cause *job.Cause, due *deadlines) error {
-	hub := hubParty(ps)
+	hub, now := hubParty(ps), due.wall
+	// Stored before anything ends, so that it stays decided though the run begins before it is ended.
+	if j.Spec.Engine != job.EngineFlower {
+		return c.hub.db.SetEngine(ctx, j.ID, job.EngineChoice{Engine: job.EngineFlower, Flwr: j.Spec.FlwrVersion, Why: cause.Msg}, now)
+	}
 	if !hub.State.Terminal() && c.runner != nil {
 		c.tell(pb.Desired_DESIRED_KILL, 0) // its end is an event, at which this is looked at again
 		return nil
 	}
-	now := due.wall
 	for _, p := range ps {
 		// Its agent has been told of the old engine, and may have started it: only what has begun can begin anew.
 		if _, ok := c.hub.away(p.Name); ok && p.Name != job.HubParty && p.State == job.PartyAbsent && p.Allocated && !due.passed(c.when(hub.Updated), beginPatience) {
 			return nil
 		}
-	}
-	if j.Spec.Engine != job.EngineFlower {
-		return c.hub.db.SetEngine(ctx, j.ID, job.EngineChoice{Engine: job.EngineFlower, Flwr: j.Spec.FlwrVersion, Why: cause.Msg}, now)
 	}
 	if err := c.once(ctx, j, hub, begins, cause.Msg+"; the job begins anew on Flower's own programs"); err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -470,6 +471,57 @@ func TestControl(t *testing.T) {
 			r.step()
 			r.is(job.Stopping, "app-error of b")
 		}},
+		{"where the native engine does not work before the run has begun, the job begins anew on the other", onNative(2), func(r *rig) {
+			r.prepared()
+			r.party("b", job.PartyFailed, unavailable())
+			r.step() // decides
+			r.step() // acts
+			r.wants(pb.Desired_DESIRED_KILL, 0)
+			r.engine(job.EngineFlower)
+			r.party(job.HubParty, job.PartyFailed, problem.New(problem.ProgramFailed, "x", "it was ended"))
+			r.step()
+			r.is(job.Preparing, "")
+			r.anew(1)
+			r.holds("a", "b")
+		}},
+		{"that is decided though the run begins before it is ended", onNative(1), func(r *rig) {
+			r.prepared()
+			r.party(job.HubParty, job.PartyReady, nil)
+			r.party("a", job.PartyReady, nil)
+			r.party("b", job.PartyFailed, unavailable())
+			r.step()
+			r.step()
+			r.party(job.HubParty, job.PartyRunning, nil)
+			r.step()
+			r.wants(pb.Desired_DESIRED_KILL, 0)
+			r.party(job.HubParty, job.PartyFailed, problem.New(problem.ProgramFailed, "x", "it was ended"))
+			r.step()
+			r.anew(1)
+		}},
+		{"a site at which the native engine does not work ends no run: it is gone alone", onNative(1), func(r *rig) {
+			r.running()
+			r.party("b", job.PartyFailed, unavailable())
+			r.step()
+			r.step()
+			r.is(job.Running, "")
+			r.wants(pb.Desired_DESIRED_RUN, 2)
+			r.engine(job.EngineNative)
+			r.anew(0)
+			r.told("the job goes on without b: not here")
+			r.holds("a")
+			time.Sleep(2 * returnPause)
+			r.step()
+			r.anew(0) // nor does it come back, as one does that was away
+			r.party("a", job.PartyFailed, appError())
+			r.step()
+			r.is(job.Stopping, "app-error of a")
+		}},
+		{"and it is its own cause where the job cannot do without it", onNative(2), func(r *rig) {
+			r.running()
+			r.party("b", job.PartyFailed, unavailable())
+			r.step()
+			r.is(job.Stopping, "native-unavailable of b")
+		}},
 		{"a kill is not softened", job.Spec{}, func(r *rig) {
 			r.running()
 			r.abort(r.job())
@@ -481,6 +533,64 @@ func TestControl(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) { c.do(newRig(t, c.spec)) })
 		})
+	}
+}
+
+// onNative is a job that somebody left the engine of open, which needs so many sites.
+func onNative(need int) job.Spec {
+	return job.Spec{Engine: job.EngineNative, EngineAuto: true, MinSites: need}
+}
+
+func unavailable() *job.Cause {
+	return problem.New(problem.NativeUnavailable, "use --engine flower", "not here")
+}
+
+func (r *rig) engine(want string) {
+	r.Helper()
+	if got := r.job().Spec.Engine; got != want {
+		r.Errorf("the engine is %s, want %s", got, want)
+	}
+}
+
+// anew wants every party in that attempt.
+func (r *rig) anew(attempt int) {
+	r.Helper()
+	ps, err := r.h.db.Parties(r.Context(), r.c.id)
+	if err != nil {
+		r.Fatal(err)
+	}
+	for _, p := range ps {
+		if p.Attempt != attempt {
+			r.Errorf("%s is in its attempt %d, want %d", p.Name, p.Attempt, attempt)
+		}
+	}
+}
+
+// told wants an event with that text.
+func (r *rig) told(text string) {
+	r.Helper()
+	es, err := r.h.db.Events(r.Context(), r.c.id, 0, 1000)
+	if err != nil {
+		r.Fatal(err)
+	}
+	for _, e := range es {
+		var m job.Text
+		if (e.Kind == job.KindWarning || e.Kind == job.KindNote) && e.Decode(&m) == nil && m.Message == text {
+			return
+		}
+	}
+	r.Errorf("nobody is told %q", text)
+}
+
+// holds wants the scheduler to take the job to hold what it asks for at these sites.
+func (r *rig) holds(sites ...string) {
+	r.Helper()
+	var got []string
+	for _, h := range r.h.sched.view().active[r.c.id].Holds {
+		got = append(got, h.Site)
+	}
+	if !slices.Equal(got, sites) {
+		r.Errorf("the job holds %v, want %v", got, sites)
 	}
 }
 

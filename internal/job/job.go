@@ -101,8 +101,8 @@ type Party struct {
 	Allocated bool `json:"allocated,omitempty"`
 }
 
-// Holds tells whether the job holds now what it asks for at the party's site: until the party is over, unless it is about to begin
-// anew on another engine.
+// Holds tells whether the job holds now what it asks for at the party's site: until the party is over, unless it may be about to begin
+// anew on another engine, which it is as long as the run has not begun.
 func (p Party) Holds() bool {
 	return p.Allocated && (!p.State.Terminal() || p.State == PartyFailed && p.Cause != nil && p.Cause.Code == problem.NativeUnavailable)
 }

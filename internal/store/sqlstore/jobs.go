@@ -366,7 +366,8 @@ func (db *DB) MoveAttempt(ctx context.Context, id job.ID, party string, attempt 
 
 // Again begins a new attempt of a party, which is absent then and has no cause, and writes the event of it, in one
 // transaction. From a state that does not allow it (see job.PartyState.Again), and in a job that does not run, it is a
-// *store.MoveError within a problem. A party that was over holds nothing of its site any more, and has to be given it again.
+// *store.MoveError within a problem. A party that was over holds nothing of its site any more, and has to be given it again,
+// unless its job begins anew on Flower's programs.
 func (db *DB) Again(ctx context.Context, id job.ID, party, reason string, now time.Time) error {
 	return db.change(ctx, "store a party's new attempt", id, func(ctx context.Context, tx *txn, j job.Job) (bool, error) {
 		p, err := db.party(ctx, tx, id, party)
@@ -376,8 +377,9 @@ func (db *DB) Again(ctx context.Context, id job.ID, party, reason string, now ti
 		if !p.State.Again() || j.State != job.Preparing && j.State != job.Running {
 			return false, (&store.MoveError{Job: id, Party: party, From: string(p.State), To: string(job.PartyAbsent)}).Problem()
 		}
+		holds := p.Holds() && (!p.State.Terminal() || j.Spec.Engine == job.EngineFlower)
 		if _, err := tx.ExecContext(ctx, "UPDATE party SET state = ?, attempt = ?, reason = ?, cause = '', updated = ?, allocated = ? WHERE job = ? AND name = ?",
-			job.PartyAbsent, p.Attempt+1, reason, nanos(now), flag(p.Holds()), id, party); err != nil {
+			job.PartyAbsent, p.Attempt+1, reason, nanos(now), flag(holds), id, party); err != nil {
 			return false, err
 		}
 		return true, insertEvent(ctx, tx, id, party, job.KindPartyState, job.PartyStateChange{From: p.State, To: job.PartyAbsent, Reason: reason, Attempt: p.Attempt + 1}, now)

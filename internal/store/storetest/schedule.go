@@ -134,8 +134,14 @@ func testAllocate(t *testing.T, open Opener) {
 	ok(t, db.Allocate(t.Context(), j.ID, "s2", "me"))
 	holds(t, db, j.ID, "s1", "s2")
 
-	ok(t, db.MoveParty(t.Context(), j.ID, "s2", job.PartyFailed, problem.New(problem.NativeUnavailable, "", "not here"), "", t0))
+	unavailable := problem.New(problem.NativeUnavailable, "", "not here")
+	ok(t, db.MoveParty(t.Context(), j.ID, "s2", job.PartyFailed, unavailable, "", t0))
+	ok(t, db.Again(t.Context(), j.ID, "s2", "on the same engine", t0))
+	holds(t, db, j.ID, "s1") // another job may have it by now
+	ok(t, db.Allocate(t.Context(), j.ID, "s2", "me"))
+	ok(t, db.MoveParty(t.Context(), j.ID, "s2", job.PartyFailed, unavailable, "", t0))
 	holds(t, db, j.ID, "s1", "s2") // until it begins on another engine
+	ok(t, db.SetEngine(t.Context(), j.ID, job.EngineChoice{Engine: job.EngineFlower, Why: "not there"}, t0))
 	ok(t, db.Again(t.Context(), j.ID, "s2", "on another engine", t0))
 	holds(t, db, j.ID, "s1", "s2")
 
