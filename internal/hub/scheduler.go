@@ -238,7 +238,7 @@ func (s *scheduler) activeOf(j job.Job, ps []job.Party) *schedule.Active {
 			r.Ask = j.Spec.ResourcesFor(p.Name)
 		}
 		switch {
-		case p.Holds() && !(runs && p.State.Terminal()):
+		case p.Holds() && (!runs || !p.State.Terminal()):
 			a.Holds = append(a.Holds, r)
 		case p.State == job.PartyAbsent && j.State != job.Stopping:
 			a.Late = append(a.Late, r)
