@@ -14,10 +14,14 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pergolafl/pergola/internal/problem"
 )
 
 func fileConn(t testing.TB, f *os.File) *conn {
@@ -191,6 +195,11 @@ func (w *world) client(isolation string, f fakeWorker) func(*conn) {
 }
 
 func newWorld(t testing.TB, sites, clients, workers int, isolation string, f fakeWorker) *world {
+	return newWorldOf(t, sites, clients, workers, isolation, f, func(int32) error { return nil })
+}
+
+// newWorldOf makes one in which starting the n-th worker, from 1, may fail.
+func newWorldOf(t testing.TB, sites, clients, workers int, isolation string, f fakeWorker, mayStart func(n int32) error) *world {
 	w := &world{t: t, result: make(chan error, 1), deaths: make(chan string, 100)}
 	ctx, cancel := context.WithCancel(t.Context())
 	w.hub = NewHub(HubOptions{OnBatch: func(b Batch) {
@@ -207,7 +216,9 @@ func newWorld(t testing.TB, sites, clients, workers int, isolation string, f fak
 			Name: fmt.Sprintf("site-%d", i+1), Clients: clients, Workers: workers, Isolation: isolation, Open: l.openToHub,
 			NodeConfig: func(c int) any { return map[string]any{"partition-id": i*clients + c} },
 			Start: func(int) (Process, error) {
-				w.starts.Add(1)
+				if err := mayStart(w.starts.Add(1)); err != nil {
+					return Process{}, err
+				}
 				return w.process(w.client(isolation, f)), nil
 			},
 			OnReady: func(Readiness) {}, OnDeath: func(how string, busy bool) { w.deaths <- fmt.Sprint(how, " ", busy) },
@@ -481,20 +492,80 @@ func TestStateIsKept(t *testing.T) {
 	w.done()
 }
 
-// A worker that cannot even start is not started for ever.
-func TestWorkersThatNeverStart(t *testing.T) {
-	w := &world{t: t}
-	linked := make(chan struct{})
-	s := NewSite(SiteOptions{
-		Name: "a", Clients: 1, Workers: 1, Isolation: Warm, OnReady: func(Readiness) {}, OnDeath: func(string, bool) {},
-		Start: func(int) (Process, error) {
-			w.starts.Add(1)
-			return w.process(func(*conn) {}), nil
-		},
+// fails has a site start workers by start, in a time that stands still; it gives what the site ended with, how the workers are said to
+// have ended, and how long that took.
+func fails(t *testing.T, start func(n int) (Process, error)) (deaths []string, starts int, took time.Duration, err error) {
+	synctest.Test(t, func(t *testing.T) {
+		s := NewSite(SiteOptions{
+			Name: "a", Clients: 1, Workers: 1, Isolation: Warm, OnReady: func(Readiness) {}, OnDeath: func(how string, busy bool) { deaths = append(deaths, fmt.Sprint(how, " ", busy)) },
+			Start: func(int) (Process, error) {
+				starts++
+				return start(starts)
+			},
+		})
+		begun := time.Now()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		err = s.Run(ctx, make(chan struct{}))
+		took = time.Since(begun)
 	})
-	if err := s.Run(t.Context(), linked); err == nil || !strings.Contains(err.Error(), "ended 3 times before it was ready") || w.starts.Load() != maxDeaths {
-		t.Errorf("%v after %d starts", err, w.starts.Load())
+	return deaths, starts, took, err
+}
+
+// ends is a process that is gone before it has said anything.
+func ends() (Process, error) {
+	ours, theirs := net.Pipe()
+	done := make(chan struct{})
+	close(done)
+	return Process{Conn: ours, Done: done, Exit: func() string { return "exit code 3" }, Stop: func(time.Duration) {}}, theirs.Close()
+}
+
+// A worker that ends before it is ready is replaced, with a pause and a word about it; but not for ever.
+func TestWorkersThatNeverStart(t *testing.T) {
+	deaths, starts, took, err := fails(t, func(int) (Process, error) { return ends() })
+	if err == nil || !strings.Contains(err.Error(), "ended 3 times before it was ready, the last time with: exit code 3") || starts != maxDeaths {
+		t.Errorf("%v after %d starts", err, starts)
 	}
+	if !slices.Equal(deaths, []string{"exit code 3 false", "exit code 3 false"}) {
+		t.Errorf("the workers that were replaced: %q", deaths)
+	}
+	if took < 3*firstPause/2 {
+		t.Errorf("%d starts within %s", starts, took)
+	}
+}
+
+// A machine that has no room for a process at this moment may have it at the next; other reasons stay what they are.
+func TestMachineWithoutRoomForWorkers(t *testing.T) {
+	full := problem.Wrap(fmt.Errorf("fork: %w", syscall.EAGAIN), problem.ProgramFailed, "raise the limit", "python could not start; too many processes")
+	deaths, starts, took, err := fails(t, func(int) (Process, error) { return Process{}, full })
+	if err == nil || !strings.Contains(err.Error(), "could not be started, 6 times in a row (python could not start; too many processes)") || problem.CodeOf(err) != problem.ProgramFailed || starts != maxStarts {
+		t.Errorf("%v after %d starts", err, starts)
+	}
+	if len(deaths) != maxStarts-1 || deaths[0] != "it could not be started: python could not start; too many processes false" {
+		t.Errorf("the tries: %q", deaths)
+	}
+	if took < 3*time.Second || took > time.Minute {
+		t.Errorf("%d starts within %s", starts, took)
+	}
+	missing := problem.Wrap(syscall.ENOENT, problem.ProgramFailed, "install it", "python could not start")
+	if _, starts, _, err := fails(t, func(int) (Process, error) { return Process{}, missing }); !errors.Is(err, missing) || starts != 1 {
+		t.Errorf("%v after %d starts", err, starts)
+	}
+	// Once is no harm: the site works on.
+	w := newWorldOf(t, 1, 1, 1, Warm, echo, func(n int32) error {
+		if n == 1 {
+			return full
+		}
+		return nil
+	})
+	w.send(frame{head: head{T: tMsg, ID: "a", Node: w.nodes[0], TTL: 100}, proto: []byte("x")})
+	if f := w.next(tReply); f.ID != "a" {
+		t.Errorf("%+v", f.head)
+	}
+	if how := <-w.deaths; !strings.Contains(how, "could not be started") {
+		t.Errorf("it is said: %s", how)
+	}
+	w.done()
 }
 
 // Nor is one that ends as soon as it is ready and has nothing to do.

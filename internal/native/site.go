@@ -9,8 +9,10 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
+	"github.com/cenkalti/backoff/v5"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/pergolafl/pergola/internal/problem"
@@ -23,10 +25,15 @@ const (
 	PerMessage = "process" // a process serves one message
 )
 
-// maxDeaths is how many times in a row a worker may die before it is ready, or soon after that without having had a message.
+// maxDeaths is how many times in a row a worker may die before it is ready, or soon after that without having had a message. maxStarts is
+// the same where the machine had no process or memory for one: that is others' doing and passes. Tries are firstPause apart, then twice as
+// long each time, all of maxStarts about 8 s.
 const (
-	maxDeaths = 3
-	soon      = time.Minute
+	maxDeaths  = 3
+	maxStarts  = 6
+	soon       = time.Minute
+	firstPause = 250 * time.Millisecond
+	lastPause  = 5 * time.Second
 )
 
 // SiteOptions say what a site runs. None of the functions may block.
@@ -338,6 +345,8 @@ func (s *Site) isolation() string {
 
 // slot keeps one worker after the other.
 func (s *Site) slot(ctx context.Context, i int) error {
+	pauses := backoff.NewExponentialBackOff()
+	pauses.InitialInterval, pauses.MaxInterval, pauses.Multiplier = firstPause, lastPause, 2
 	for deaths := 0; ; {
 		w, err := s.hire(ctx, i)
 		worked := false
@@ -364,26 +373,76 @@ func (s *Site) slot(ctx context.Context, i int) error {
 		} else {
 			deaths++
 		}
+		if d != nil && deaths >= d.most() {
+			return s.given(d, deaths)
+		}
 		if d != nil {
 			s.opt.OnDeath(d.how, d.busy)
-		}
-		if deaths == maxDeaths {
-			when := "before it was ready"
-			if d.ready {
-				when = "before it had a message"
-			}
-			return problem.New(problem.ProgramFailed, "look into client_app_log.txt", "a worker of %s ended %d times %s, the last time with: %s", s.opt.Name, deaths, when, d.how)
 		}
 		if errors.Is(err, errAgain) {
 			s.spare()
 		}
+		if deaths == 0 {
+			pauses.Reset()
+			continue
+		}
+		t := time.NewTimer(pauses.NextBackOff())
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return context.Cause(ctx)
+		}
 	}
+}
+
+// given is the problem of a slot that is given up.
+func (s *Site) given(d *death, deaths int) error {
+	if d.start != nil {
+		next := "see what takes the machine's memory or processes, or use fewer workers"
+		if p, ok := errors.AsType[*problem.Error](d.start); ok {
+			next = p.Next
+		}
+		return problem.Wrap(d.start, problem.ProgramFailed, next, "a worker of %s could not be started, %d times in a row (%s)", s.opt.Name, deaths, told(d.start))
+	}
+	when := "before it was ready"
+	if d.ready {
+		when = "before it had a message"
+	}
+	return problem.New(problem.ProgramFailed, "look into client_app_log.txt", "a worker of %s ended %d times %s, the last time with: %s", s.opt.Name, deaths, when, d.how)
 }
 
 // death is the error of a worker that is gone, or was ended for what it did.
 type death struct {
 	how         string
 	busy, ready bool
+	start       error // it was never there: why not
+}
+
+// told gives of an error what may be told to others.
+func told(err error) string {
+	if p, ok := errors.AsType[*problem.Error](err); ok {
+		return p.Msg
+	}
+	return err.Error()
+}
+
+// most is how many such in a row a slot is given up for.
+func (d *death) most() int {
+	if d.start != nil {
+		return maxStarts
+	}
+	return maxDeaths
+}
+
+// passes tells whether what kept a process from being started may be over in a moment: the machine has no room for it.
+func passes(err error) bool {
+	for _, e := range []error{syscall.EAGAIN, syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.EINTR, syscall.ETXTBSY} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 func (d *death) Error() string { return "the worker ended: " + d.how }
@@ -407,6 +466,9 @@ type worker struct {
 func (s *Site) hire(ctx context.Context, slot int) (*worker, error) {
 	p, err := s.opt.Start(slot)
 	if err != nil {
+		if passes(err) {
+			err = &death{how: "it could not be started: " + told(err), start: err}
+		}
 		return nil, err
 	}
 	peer, err := Greet(ctx, p)
