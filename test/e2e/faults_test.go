@@ -208,7 +208,7 @@ var faults = []fault{
 	},
 	{
 		name: "a client app's process is stopped", flwr: newFlwr, spec: short, act: struck("site-1", newClientProgram, syscall.SIGSTOP),
-		state: job.Succeeded, limit: 2 * time.Minute, warns: []string{"SIGSTOP"},
+		state: job.Succeeded, limit: 3 * time.Minute, warns: []string{"SIGSTOP"},
 	},
 	{
 		name: "a client app's process hangs", flwr: newFlwr, spec: watchful, exit: newClientProgram + ":hang", act: triggered,
@@ -229,19 +229,19 @@ var faults = []fault{
 
 	// The native engine's processes.
 	{
-		name: "a worker is killed", spec: native(short, "warm"), act: struck("site-1", workerProcess, syscall.SIGKILL),
+		name: "a worker is killed", spec: native(short, "warm"), act: struckAtWork("site-1", workerProcess, syscall.SIGKILL),
 		state: job.Succeeded, warns: []string{"a worker of site-1 is gone (ended by signal 9", "while it had a message"}, fast: true,
 	},
 	{
-		name: "a worker is killed while it forks for each message", flwr: newFlwr, spec: native(short, "fork"), act: struck("site-1", workerProcess, syscall.SIGKILL),
+		name: "a worker is killed while it forks for each message", flwr: newFlwr, spec: native(short, "fork"), act: struckAtWork("site-1", workerProcess, syscall.SIGKILL),
 		state: job.Succeeded,
 	},
 	{
-		name: "a worker that serves one message is killed", flwr: newFlwr, spec: native(short, "process"), act: struck("site-1", workerProcess, syscall.SIGKILL),
+		name: "a worker that serves one message is killed", flwr: newFlwr, spec: native(short, "process"), act: struckAtWork("site-1", workerProcess, syscall.SIGKILL),
 		state: job.Succeeded,
 	},
 	{
-		name: "a worker is stopped", spec: native(short, "warm"), act: struck("site-1", workerProcess, syscall.SIGSTOP),
+		name: "a worker is stopped", spec: native(short, "warm"), act: struckAtWork("site-1", workerProcess, syscall.SIGSTOP),
 		state: job.Succeeded, warns: []string{"SIGSTOP", "a worker of site-1 is gone"}, limit: 2 * time.Minute,
 	},
 	{
@@ -908,6 +908,15 @@ func struck(party, name string, s syscall.Signal) func(*victim) {
 	return func(v *victim) {
 		v.round(1)
 		v.signal(v.process(party, name), s)
+	}
+}
+
+// struckAtWork signals a process of a site when that has a message.
+func struckAtWork(site, name string, s syscall.Signal) func(*victim) {
+	return func(v *victim) {
+		v.round(1)
+		v.said(site, "a fit begins")
+		v.signal(v.process(site, name), s)
 	}
 }
 

@@ -1,4 +1,4 @@
-"""Every fit takes at least sleep seconds, so that a test can interrupt it."""
+"""Every fit says that it begins and takes at least sleep seconds, so that a test can interrupt it."""
 
 import time
 
@@ -15,6 +15,7 @@ class Client(NumPyClient):
         self.partition = int(context.node_config["partition-id"])
 
     def fit(self, parameters, config):
+        print("a fit begins", flush=True)
         time.sleep(float(self.context.run_config["sleep"]))
         return [parameters[0] + 1 + self.partition], 10, {"sum": float(parameters[0].sum())}
 
