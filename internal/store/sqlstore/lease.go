@@ -2,6 +2,7 @@ package sqlstore
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/pergolafl/pergola/internal/job"
@@ -19,14 +20,7 @@ func (db *DB) Claim(ctx context.Context, id job.ID, owner string, until, now tim
 		if !there {
 			return nil, noJob(id)
 		}
-		res, err := tx.ExecContext(ctx, `INSERT INTO lease (job, owner, until) VALUES (?, ?, ?)
-			ON CONFLICT (job) DO UPDATE SET owner = excluded.owner, until = excluded.until WHERE lease.owner = excluded.owner OR lease.until <= ?`,
-			id, owner, nanos(until), nanos(now))
-		if err != nil {
-			return nil, err
-		}
-		n, err := res.RowsAffected()
-		held = n > 0
+		held, err = claim(ctx, tx, "lease", "job", string(id), owner, until, now)
 		return nil, err
 	})
 	return held && err == nil, err
@@ -44,4 +38,17 @@ func (db *DB) Release(ctx context.Context, id job.ID, owner string) error {
 		}
 		return []job.ID{id}, nil
 	})
+}
+
+// claim writes owner into a table of leases, unless another one holds what key names. The names of the table and of its key are
+// parts of the statement.
+func claim(ctx context.Context, tx *txn, table, column, key, owner string, until, now time.Time) (held bool, err error) {
+	res, err := tx.ExecContext(ctx, fmt.Sprintf(`INSERT INTO %[1]s (%[2]s, owner, until) VALUES (?, ?, ?)
+		ON CONFLICT (%[2]s) DO UPDATE SET owner = excluded.owner, until = excluded.until WHERE %[1]s.owner = excluded.owner OR %[1]s.until <= ?`, table, column),
+		key, owner, nanos(until), nanos(now))
+	if err != nil {
+		return false, err
+	}
+	n, err := res.RowsAffected()
+	return n > 0, err
 }

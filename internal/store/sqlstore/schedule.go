@@ -15,14 +15,7 @@ import (
 // now; if not, another one does whose time is not over at now.
 func (db *DB) ClaimDuty(ctx context.Context, duty, owner string, until, now time.Time) (held bool, err error) {
 	err = db.write(ctx, "claim a duty", func(ctx context.Context, tx *txn) ([]job.ID, error) {
-		res, err := tx.ExecContext(ctx, `INSERT INTO duty (name, owner, until) VALUES (?, ?, ?)
-			ON CONFLICT (name) DO UPDATE SET owner = excluded.owner, until = excluded.until WHERE duty.owner = excluded.owner OR duty.until <= ?`,
-			duty, owner, nanos(until), nanos(now))
-		if err != nil {
-			return nil, err
-		}
-		n, err := res.RowsAffected()
-		held = n > 0
+		held, err = claim(ctx, tx, "duty", "name", duty, owner, until, now)
 		return nil, err
 	})
 	return held && err == nil, err
