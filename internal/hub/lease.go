@@ -73,6 +73,7 @@ type lease struct {
 	duty    string // in place of a job
 	owner   string
 	renewed time.Time // by this process's clock that nobody sets; zero: it is not held
+	taken   bool      // of a duty: another one may have seen to it until this one took it; whoever acts on that unsets it
 }
 
 // hold tells whether the job is this hub's, and renews the lease where that is due. While the store cannot be asked, nobody is
@@ -98,7 +99,9 @@ func (l *lease) hold(ctx context.Context) (bool, error) {
 
 func (l *lease) claim(ctx context.Context, now time.Time) (bool, error) {
 	if l.duty != "" {
-		return l.db.ClaimDuty(ctx, l.duty, l.owner, now.Add(leaseTime), now)
+		held, taken, err := l.db.ClaimDuty(ctx, l.duty, l.owner, now.Add(leaseTime), now)
+		l.taken = l.taken || taken
+		return held, err
 	}
 	return l.db.Claim(ctx, l.job, l.owner, now.Add(leaseTime), now)
 }

@@ -40,7 +40,7 @@ func spliced(t *testing.T) (h *Hub, id job.ID, addr string, accept func() *link.
 	if err := h.db.Move(t.Context(), id, job.Queued, nil, "", now); err != nil {
 		t.Fatal(err)
 	}
-	if ok, err := h.db.ClaimDuty(t.Context(), store.Scheduling, h.id, now.Add(time.Hour), now); err != nil || !ok {
+	if ok, _, err := h.db.ClaimDuty(t.Context(), store.Scheduling, h.id, now.Add(time.Hour), now); err != nil || !ok {
 		t.Fatal(ok, err)
 	}
 	if err := h.db.Start(t.Context(), id, []string{"a"}, h.id, now); err != nil {

@@ -510,6 +510,14 @@ func (s *scheduler) act(ctx context.Context, d *schedule.Decision) (again bool, 
 		s.next = now.Add(renewal)
 		return false, nil
 	}
+	if s.duty.taken {
+		// Not all that another hub does is told by an event: what it has given to jobs that wait for a site is not.
+		if err := s.load(ctx); err != nil {
+			return false, err
+		}
+		s.duty.taken = false
+		return true, nil
+	}
 	for _, p := range d.Start {
 		if err := s.start(ctx, p); err != nil {
 			return false, err

@@ -47,7 +47,7 @@ func (b *bench) hub(id string) {
 // Over both kinds of store.
 func TestScheduler(t *testing.T) {
 	server := pgtest.Start(t)
-	for name, test := range map[string]func(b *bench){"a queue, over new starts of the hub": theQueue, "one hub of several decides": oneHubDecides} {
+	for name, test := range map[string]func(b *bench){"a queue, over new starts of the hub": theQueue, "one hub of several decides": oneHubDecides, "a hub takes over": dutyIsTakenOver} {
 		t.Run(name, func(t *testing.T) {
 			t.Run("sqlite", func(t *testing.T) {
 				db, err := sqlite.Open(t.Context(), filepath.Join(t.TempDir(), DatabaseFile))
@@ -251,7 +251,7 @@ func oneHubDecides(b *bench) {
 	if got := b.job(second).State; got != job.Submitted {
 		b.Errorf("the other hub has made the job %s", got)
 	}
-	if held, err := b.db.ClaimDuty(b.Context(), store.Scheduling, "other", time.Now().Add(2*leaseTime), time.Now().Add(leaseTime)); !held || err != nil {
+	if held, _, err := b.db.ClaimDuty(b.Context(), store.Scheduling, "other", time.Now().Add(2*leaseTime), time.Now().Add(leaseTime)); !held || err != nil {
 		b.Fatalf("the duty of a hub that is gone: %v, %v", held, err)
 	}
 	b.h = mine
@@ -268,6 +268,38 @@ func oneHubDecides(b *bench) {
 	b.h = mine // which sees what the other one does
 	b.look()
 	b.is([]job.ID{first, second})
+}
+
+// What another hub has given away while it had the duty is not given to a second job by the one that takes over.
+func dutyIsTakenOver(b *bench) {
+	past := time.Now().Add(-2 * leaseTime)
+	if held, _, err := b.db.ClaimDuty(b.Context(), store.Scheduling, "other", past.Add(leaseTime), past); !held || err != nil {
+		b.Fatal(held, err)
+	}
+	b.declare("b", job.Declared{Resources: job.Resources{job.CPUs: 3}})
+	var late []job.ID // both run at a, and b may join one of them
+	for priority := range 2 {
+		id := b.submitAs("ann", job.Spec{Sites: []string{"a", "b"}, MinSites: 1, Priority: priority, Site: job.Site{Resources: job.Resources{job.CPUs: 2}}})
+		err := b.db.Move(b.Context(), id, job.Queued, nil, "", past)
+		if err == nil {
+			err = b.db.Start(b.Context(), id, []string{"a"}, "other", past)
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+		late = append(late, id)
+	}
+	if err := b.h.sched.load(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	if err := b.db.Allocate(b.Context(), late[0], "b", "other"); err != nil {
+		b.Fatal(err)
+	}
+	b.look()
+	b.is(late)
+	if used, by := b.h.inUse(); used["b"][job.CPUs] != 2 || !slices.Equal(by["b"], []string{string(late[0])}) {
+		b.Errorf("of b is in use %v, by %v", used["b"], by["b"])
+	}
 }
 
 // killed is a store whose hub is killed at the n-th of its writes: before it, or before its answer.

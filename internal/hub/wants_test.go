@@ -81,7 +81,7 @@ func (c *countedStore) submit(t *testing.T, to job.State, sites ...string) job.I
 			break
 		}
 		if s == job.Preparing {
-			if _, err := c.ClaimDuty(t.Context(), store.Scheduling, "test", time.Now().Add(time.Hour), time.Now()); err != nil {
+			if _, _, err := c.ClaimDuty(t.Context(), store.Scheduling, "test", time.Now().Add(time.Hour), time.Now()); err != nil {
 				t.Fatal(err)
 			}
 			if err := c.Start(t.Context(), j.ID, sites, "test", time.Now()); err != nil {

@@ -127,7 +127,7 @@ type Store interface {
 	Claim(ctx context.Context, id job.ID, owner string, until, now time.Time) (bool, error)
 	Release(ctx context.Context, id job.ID, owner string) error
 
-	ClaimDuty(ctx context.Context, duty, owner string, until, now time.Time) (bool, error)
+	ClaimDuty(ctx context.Context, duty, owner string, until, now time.Time) (held, taken bool, err error)
 	ReleaseDuty(ctx context.Context, duty, owner string) error
 	Start(ctx context.Context, id job.ID, sites []string, owner string, now time.Time) error
 	Allocate(ctx context.Context, id job.ID, site, owner string) error

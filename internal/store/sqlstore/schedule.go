@@ -12,13 +12,21 @@ import (
 )
 
 // ClaimDuty takes or renews a duty, which one hub of several does at a time, for owner, until until. It tells whether owner has it
-// now; if not, another one does whose time is not over at now.
-func (db *DB) ClaimDuty(ctx context.Context, duty, owner string, until, now time.Time) (held bool, err error) {
+// now; if not, another one does whose time is not over at now. Taken tells that it was not owner's before.
+func (db *DB) ClaimDuty(ctx context.Context, duty, owner string, until, now time.Time) (held, taken bool, err error) {
 	err = db.write(ctx, "claim a duty", func(ctx context.Context, tx *txn) ([]job.ID, error) {
+		before, err := holder(ctx, tx, duty)
+		if err != nil {
+			return nil, err
+		}
 		held, err = claim(ctx, tx, "duty", "name", duty, owner, until, now)
+		taken = held && before != owner
 		return nil, err
 	})
-	return held && err == nil, err
+	if err != nil {
+		return false, false, err
+	}
+	return held, taken, nil
 }
 
 // ReleaseDuty gives a duty back, if owner has it.
@@ -29,14 +37,22 @@ func (db *DB) ReleaseDuty(ctx context.Context, duty, owner string) error {
 	})
 }
 
+// holder gives who has a duty, or had it last; "" if nobody has.
+func holder(ctx context.Context, tx *txn, duty string) (owner string, err error) {
+	err = tx.QueryRowContext(ctx, "SELECT owner FROM duty WHERE name = ?", duty).Scan(&owner)
+	if errors.Is(err, sql.ErrNoRows) {
+		err = nil
+	}
+	return owner, err
+}
+
 // onDuty refuses, with code denied, what owner has not the duty for. That another one took it over is what counts, not the clock.
 func onDuty(ctx context.Context, tx *txn, duty, owner string) error {
-	var holder string
-	err := tx.QueryRowContext(ctx, "SELECT owner FROM duty WHERE name = ?", duty).Scan(&holder)
-	if err != nil && !errors.Is(err, sql.ErrNoRows) {
+	has, err := holder(ctx, tx, duty)
+	if err != nil {
 		return err
 	}
-	if holder != owner {
+	if has != owner {
 		return problem.New(problem.Denied, "it has lost it to another hub", "hub %s does not have the duty %s", owner, duty)
 	}
 	return nil

@@ -38,7 +38,7 @@ func holds(t tb, db DB, id job.ID, want ...string) {
 
 func onDuty(t tb, db DB, owner string) {
 	t.Helper()
-	if held, err := db.ClaimDuty(t.Context(), store.Scheduling, owner, t0.Add(time.Hour), t0); !held || err != nil {
+	if held, _, err := db.ClaimDuty(t.Context(), store.Scheduling, owner, t0.Add(time.Hour), t0); !held || err != nil {
 		t.Fatalf("%s has the duty: %v, %v", owner, held, err)
 	}
 }
@@ -165,24 +165,25 @@ func testAllocate(t *testing.T, open Opener) {
 func testDuty(t *testing.T, open Opener) {
 	db := start(t, open)
 	at := func(s int) time.Time { return t0.Add(time.Duration(s) * time.Second) }
-	claim := func(duty, owner string, until, now int, want bool) {
+	claim := func(duty, owner string, until, now int, wantHeld, wantTaken bool) {
 		t.Helper()
-		got, err := db.ClaimDuty(t.Context(), duty, owner, at(until), at(now))
+		held, taken, err := db.ClaimDuty(t.Context(), duty, owner, at(until), at(now))
 		ok(t, err)
-		if got != want {
-			t.Errorf("at %d s: %s has the duty: %v, want %v", now, owner, got, want)
+		if held != wantHeld || taken != wantTaken {
+			t.Errorf("at %d s: %s has the duty: %v, and has taken it: %v; want %v and %v", now, owner, held, taken, wantHeld, wantTaken)
 		}
 	}
-	claim("d", "a", 30, 0, true)
-	claim("d", "b", 60, 29, false)
-	claim("e", "b", 60, 29, true)
-	claim("d", "a", 60, 29, true)
-	claim("d", "b", 90, 60, true)
-	claim("d", "a", 90, 61, false)
+	claim("d", "a", 30, 0, true, true)
+	claim("d", "b", 60, 29, false, false)
+	claim("e", "b", 60, 29, true, true)
+	claim("d", "a", 60, 29, true, false)
+	claim("d", "b", 90, 60, true, true)
+	claim("d", "a", 90, 61, false, false)
+	claim("d", "b", 120, 100, true, false) // late, and nobody had it between
 	ok(t, db.ReleaseDuty(t.Context(), "d", "a"))
-	claim("d", "a", 90, 61, false)
+	claim("d", "a", 120, 101, false, false)
 	ok(t, db.ReleaseDuty(t.Context(), "d", "b"))
-	claim("d", "a", 90, 61, true)
+	claim("d", "a", 120, 101, true, true)
 
 	other := start(t, open)
 	held := make([]bool, 8)
@@ -190,7 +191,7 @@ func testDuty(t *testing.T, open Opener) {
 	for i := range held {
 		wg.Go(func() {
 			var err error
-			if held[i], err = []DB{db, other}[i%2].ClaimDuty(t.Context(), "race", fmt.Sprint("hub", i), at(60), at(0)); err != nil {
+			if held[i], _, err = []DB{db, other}[i%2].ClaimDuty(t.Context(), "race", fmt.Sprint("hub", i), at(60), at(0)); err != nil {
 				t.Error(err)
 			}
 		})
