@@ -20,6 +20,7 @@ import (
 // what its generation has.
 const (
 	CodeExpired = 3 // MESSAGE_UNAVAILABLE: the message's time is over
+	CodeNoReply = 4 // REPLY_MESSAGE_UNAVAILABLE: there is a reply that cannot be had
 	CodeNoNode  = 5 // NODE_UNAVAILABLE
 	CodeCrashed = 8 // CLIENT_APP_CRASHED
 )
@@ -306,7 +307,7 @@ func (h *Hub) carryLocked(to *Member, p *outPack) {
 	p.had[to] = true
 	p.using++
 	to.wg.Go(func() {
-		if err := sendPack(to.ctx, to.open, p.name, p.file, p.size); err != nil && to.ctx.Err() == nil {
+		if err := sendPack(to.ctx, to.open, p.name, p.file, p.size, func() {}); err != nil && to.ctx.Err() == nil {
 			h.opt.Log.Warn("a model did not reach a site", "site", to.site, "err", err)
 			to.leave(err)
 		}
@@ -383,30 +384,36 @@ func (h *Hub) lost(from *Member, id string, code int, reason string) {
 	h.tell(frame{head: head{T: tLost, ID: id, Node: p.node, Code: code, Reason: reason}})
 }
 
-// reply passes a reply on once its pack is there.
-func (h *Hub) reply(ctx context.Context, m *Member, f *frame) {
-	p := h.take(m, f.ID)
+// reply passes a reply on once its pack, nil if it has none, is there. Until then its message waits as before, so that whatever happens
+// to the pack it is answered: by its time's end, the site's, or the site's word that the pack will not come.
+func (h *Hub) reply(ctx context.Context, m *Member, f *frame, pack *arrival) {
 	var file *os.File
 	bytes := int64(len(f.proto))
-	if f.Pack != "" {
-		_, size, err := m.arrivals.wait(ctx, f.Pack)
-		if err == nil {
-			file = m.arrivals.drop(f.Pack)
-			var sum int64
-			if sum, err = sizeOf(file, f.Lens); err == nil && sum != size {
-				err = errFrame("a pack of %d bytes is said to have %d", size, sum)
+	if pack != nil {
+		size, err := pack.wait(ctx, f.Pack)
+		if err != nil {
+			if ctx.Err() == nil {
+				h.opt.Log.Warn("a reply did not come", "site", m.site, "err", err)
+				h.lost(m, f.ID, CodeNoReply, "")
 			}
+			m.arrivals.drop(f.Pack)
+			return
+		}
+		if file = m.arrivals.drop(f.Pack); file == nil {
+			return // its site has given it up in this moment
+		}
+		sum, err := sizeOf(file, f.Lens)
+		if err == nil && sum != size {
+			err = errFrame("a pack of %d bytes is said to have %d", size, sum)
 		}
 		if err != nil {
 			h.files.put(file)
 			m.leave(err)
-			if p != nil { // it is not among those that leave answers for
-				h.tell(frame{head: head{T: tLost, ID: p.id, Node: p.node, Code: CodeNoNode}})
-			}
 			return
 		}
 		bytes += size
 	}
+	p := h.take(m, f.ID)
 	if p == nil { // it came too late
 		h.files.put(file)
 		return
@@ -520,7 +527,7 @@ func (m *Member) Serve(target string, s Stream) error {
 	defer context.AfterFunc(m.ctx, func() { _ = s.Reset() })()
 	switch target {
 	case PackTarget:
-		return m.arrivals.take(s)
+		return m.arrivals.accept(s)
 	case Target:
 		return m.control(newConn(s))
 	}
@@ -574,11 +581,15 @@ func (m *Member) control(c *conn) error {
 		switch f.T {
 		case tReply:
 			if f.Pack == "" {
-				h.reply(m.ctx, m, &f)
+				h.reply(m.ctx, m, &f, nil)
 				continue
 			}
-			m.wg.Go(func() { h.reply(m.ctx, m, &f) })
+			pack := m.arrivals.of(f.Pack) // now: the word that it will not come may be next
+			m.wg.Go(func() { h.reply(m.ctx, m, &f, pack) })
 		case tLost:
+			if f.Pack != "" {
+				h.files.put(m.arrivals.drop(f.Pack))
+			}
 			h.lost(m, f.ID, f.Code, f.Reason)
 		default:
 			err := errFrame("a site sent %q", f.T)

@@ -57,9 +57,70 @@ func content(t testing.TB, f *os.File) string {
 }
 
 // stream is a link's stream made of a socket.
-type stream struct{ *net.UnixConn }
+type stream struct {
+	*net.UnixConn
+	reset *atomic.Bool // by either end
+}
 
-func (s stream) Reset() error { return s.Close() }
+var errReset = errors.New("reset")
+
+func (s stream) Reset() error {
+	s.reset.Store(true)
+	return s.Close()
+}
+
+func (s stream) Read(b []byte) (int, error) {
+	n, err := s.UnixConn.Read(b)
+	if err != nil && s.reset.Load() {
+		err = errReset
+	}
+	return n, err
+}
+
+// cutStream gives some bytes, and then an error.
+type cutStream struct {
+	Stream
+	left int
+}
+
+func (s *cutStream) Read(b []byte) (int, error) {
+	if s.left == 0 {
+		return 0, io.ErrNoProgress
+	}
+	n, err := s.Stream.Read(b[:min(len(b), s.left)])
+	s.left -= n
+	return n, err
+}
+
+// flaw is what is wrong with a stream of a pack.
+type flaw int
+
+const (
+	sound    flaw = iota
+	unopened      // it is not even opened
+	cut           // its reader gets a part of it
+)
+
+// flaws is what is wrong with the first streams.
+type flaws struct {
+	flaw
+	count int32
+}
+
+func (f flaws) of(n int32) flaw {
+	if n > f.count {
+		return sound
+	}
+	return f.flaw
+}
+
+// apply gives the reader's end of a stream.
+func (f flaw) apply(s Stream) Stream {
+	if f == cut {
+		return &cutStream{s, 100}
+	}
+	return s
+}
 
 // fakeLink joins a site to a hub by sockets.
 type fakeLink struct {
@@ -68,6 +129,8 @@ type fakeLink struct {
 	member *Member
 	site   *Site
 	packs  atomic.Int32 // streams of packs to the site
+	back   atomic.Int32 // and from it
+	wrong  faults
 	ctx    context.Context
 	cut    context.CancelFunc
 	wg     sync.WaitGroup
@@ -87,19 +150,30 @@ func (l *fakeLink) pair() (a, b Stream) {
 	if !ok {
 		l.t.Errorf("a socket pair has a %T", c)
 	}
-	return stream{ours}, stream{u}
+	reset := new(atomic.Bool)
+	return stream{ours, reset}, stream{u, reset}
 }
 
 func (l *fakeLink) openToHub(_ context.Context, target string) (Stream, error) {
+	bad := sound
+	if target == PackTarget {
+		bad = l.wrong.back.of(l.back.Add(1))
+	}
+	if bad == unopened {
+		return nil, io.ErrClosedPipe
+	}
 	a, b := l.pair()
-	l.wg.Go(func() { _ = l.member.Serve(target, b) })
+	l.wg.Go(func() { _ = l.member.Serve(target, bad.apply(b)) })
 	return a, nil
 }
 
 func (l *fakeLink) openToSite(_ context.Context, target string) (Stream, error) {
-	l.packs.Add(1)
+	bad := l.wrong.to.of(l.packs.Add(1))
+	if bad == unopened {
+		return nil, io.ErrClosedPipe
+	}
 	a, b := l.pair()
-	l.wg.Go(func() { _ = l.site.Accept(l.ctx, target, b) })
+	l.wg.Go(func() { _ = l.site.Accept(l.ctx, target, bad.apply(b)) })
 	return a, nil
 }
 
@@ -195,11 +269,16 @@ func (w *world) client(isolation string, f fakeWorker) func(*conn) {
 }
 
 func newWorld(t testing.TB, sites, clients, workers int, isolation string, f fakeWorker) *world {
-	return newWorldOf(t, sites, clients, workers, isolation, f, func(int32) error { return nil })
+	return newFaultyWorld(t, sites, clients, workers, isolation, f, faults{})
 }
 
-// newWorldOf makes one in which starting the n-th worker, from 1, may fail.
-func newWorldOf(t testing.TB, sites, clients, workers int, isolation string, f fakeWorker, mayStart func(n int32) error) *world {
+// faults is what goes wrong in a world; nil: nothing.
+type faults struct {
+	start    func(n int32) error // with the start of the n-th worker, from 1
+	to, back flaws               // with streams of packs to a site, and from it
+}
+
+func newFaultyWorld(t testing.TB, sites, clients, workers int, isolation string, f fakeWorker, wrong faults) *world {
 	w := &world{t: t, result: make(chan error, 1), deaths: make(chan string, 100)}
 	ctx, cancel := context.WithCancel(t.Context())
 	w.hub = NewHub(HubOptions{OnBatch: func(b Batch) {
@@ -209,15 +288,18 @@ func newWorldOf(t testing.TB, sites, clients, workers int, isolation string, f f
 	}})
 	var wg sync.WaitGroup
 	for i := range sites {
-		l := &fakeLink{t: t, hub: w.hub}
+		l := &fakeLink{t: t, hub: w.hub, wrong: wrong}
 		l.ctx, l.cut = context.WithCancel(ctx)
 		l.member = w.hub.Join(l.ctx, fmt.Sprintf("site-%d", i+1), l.openToSite)
 		l.site = NewSite(SiteOptions{
 			Name: fmt.Sprintf("site-%d", i+1), Clients: clients, Workers: workers, Isolation: isolation, Open: l.openToHub,
 			NodeConfig: func(c int) any { return map[string]any{"partition-id": i*clients + c} },
 			Start: func(int) (Process, error) {
-				if err := mayStart(w.starts.Add(1)); err != nil {
-					return Process{}, err
+				n := w.starts.Add(1)
+				if wrong.start != nil {
+					if err := wrong.start(n); err != nil {
+						return Process{}, err
+					}
 				}
 				return w.process(w.client(isolation, f)), nil
 			},
@@ -406,6 +488,58 @@ func TestPacks(t *testing.T) {
 	}
 }
 
+// A stream of a pack that fails while the link lives is made again. A reply that cannot be had all the same is answered for, and the site
+// goes on.
+func TestPacksAreSentAgain(t *testing.T) {
+	model := strings.Repeat("model ", 100_000)
+	for _, c := range []struct {
+		name           string
+		wrong          faults
+		lost           bool
+		packs, replies int32 // streams
+	}{
+		{"a model's stream is not opened", faults{to: flaws{unopened, 2}}, false, 3, 1},
+		{"a model's stream is cut", faults{to: flaws{cut, 2}}, false, 3, 1},
+		{"a reply's stream is not opened", faults{back: flaws{unopened, 2}}, false, 1, 3},
+		{"a reply's stream is cut", faults{back: flaws{cut, 2}}, false, 1, 3},
+		{"no stream of a reply is opened", faults{back: flaws{unopened, 100}}, true, 1, packTries},
+		{"all streams of a reply are cut", faults{back: flaws{cut, 100}}, true, 1, packTries},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			w := newFaultyWorld(t, 1, 1, 1, Warm, echo, c.wrong)
+			l := w.links[0]
+			w.send(frame{
+				head:  head{T: tMsg, ID: "a", Node: w.nodes[0], TTL: 1000, Pack: "s.1", Lens: []int64{int64(len(model))}, Fds: []string{"s.1"}},
+				files: []*os.File{memory(t, model)},
+			})
+			f := w.next(tReply, tLost)
+			switch file := f.file(f.Pack); {
+			case c.lost:
+				if f.T != tLost || f.ID != "a" || f.Code != CodeNoReply || f.Node != w.nodes[0] {
+					t.Errorf("the ServerApp is told %+v", f.head)
+				}
+			case file == nil:
+				t.Errorf("a reply came without its pack: %+v", f.head)
+			default:
+				if got := content(t, file); got[:len(model)] != strings.ToUpper(model) {
+					t.Error("it answers with other bytes")
+				}
+				closeFiles([]*os.File{file})
+				w.send(frame{head: head{T: tFree, Pack: f.Pack}})
+			}
+			w.send(frame{head: head{T: tMsg, ID: "b", Node: w.nodes[0], TTL: 1000}, proto: []byte("x")})
+			if f := w.next(tReply); f.ID != "b" {
+				t.Errorf("the ServerApp is told %+v", f.head)
+			}
+			if p, r := l.packs.Load(), l.back.Load(); p != c.packs || r != c.replies {
+				t.Errorf("%d streams to the site and %d from it, want %d and %d", p, r, c.packs, c.replies)
+			}
+			w.done()
+		})
+	}
+}
+
 // Whatever a worker does in the place of an answer: the ServerApp is told, the worker is replaced, and the node's state is as it was.
 func TestWorkersThatFail(t *testing.T) {
 	for _, c := range []struct {
@@ -552,12 +686,12 @@ func TestMachineWithoutRoomForWorkers(t *testing.T) {
 		t.Errorf("%v after %d starts", err, starts)
 	}
 	// Once is no harm: the site works on.
-	w := newWorldOf(t, 1, 1, 1, Warm, echo, func(n int32) error {
+	w := newFaultyWorld(t, 1, 1, 1, Warm, echo, faults{start: func(n int32) error {
 		if n == 1 {
 			return full
 		}
 		return nil
-	})
+	}})
 	w.send(frame{head: head{T: tMsg, ID: "a", Node: w.nodes[0], TTL: 100}, proto: []byte("x")})
 	if f := w.next(tReply); f.ID != "a" {
 		t.Errorf("%+v", f.head)
@@ -786,8 +920,15 @@ func TestModelThatDoesNotCome(t *testing.T) {
 		t.Fatal(err)
 	}
 	b := encoded(t, frame{head: head{T: tPack, Name: "h.1", Size: 10}})
-	if err := s.arrivals.take(strings.NewReader(string(b) + "half")); err == nil {
-		t.Error("half a pack was taken")
+	for range packTries {
+		select {
+		case err := <-s.broken:
+			t.Errorf("the site ends before its hub has tried often enough: %v", err)
+		default:
+		}
+		if err := s.arrivals.take(strings.NewReader(string(b) + "half")); err == nil {
+			t.Error("half a pack was taken")
+		}
 	}
 	if err := <-s.broken; !strings.Contains(err.Error(), "take in the pack h.1 of 10 bytes: unexpected EOF") {
 		t.Errorf("%v", err)

@@ -42,7 +42,7 @@ func (o *outbox) putLocked(f frame) {
 	}
 }
 
-// putWait queues a frame when there is room for it.
+// putWait queues a frame when there is room for it, or nobody is left who could be made to wait.
 func (o *outbox) putWait(ctx context.Context, f frame) {
 	for {
 		o.mu.Lock()
@@ -56,6 +56,7 @@ func (o *outbox) putWait(ctx context.Context, f frame) {
 		select {
 		case <-room:
 		case <-ctx.Done():
+			o.put(f)
 			return
 		}
 	}

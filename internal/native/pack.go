@@ -9,7 +9,9 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"time"
 
+	"github.com/cenkalti/backoff/v5"
 	"golang.org/x/sys/unix"
 )
 
@@ -65,7 +67,7 @@ func send(w io.Writer, file *os.File, size int64) error {
 	for at := int64(0); at < size; {
 		n, err := file.ReadAt(buf[:min(int64(chunk), size-at)], at)
 		if n == 0 {
-			return errors.Join(io.ErrUnexpectedEOF, err) // its writer has cut it
+			return backoff.Permanent(errors.Join(io.ErrUnexpectedEOF, err)) // its writer has cut it
 		}
 		if _, err := w.Write(buf[:n]); err != nil {
 			return err
@@ -184,11 +186,13 @@ type arrivals struct {
 	closed bool
 }
 
+// arrival is one of them. What it has besides done is set before done is closed.
 type arrival struct {
-	done chan struct{}
-	file *os.File // nil after done: it did not come
-	size int64
-	err  error // why it did not, if this end knows
+	done  chan struct{}
+	file  *os.File // nil after done: it did not come
+	size  int64
+	tries int   // that failed; the arrivals' lock guards it
+	err   error // why the last of them did
 }
 
 func newArrivals(files *memFiles) *arrivals {
@@ -208,6 +212,15 @@ func (a *arrivals) of(name string) *arrival {
 		a.packs[name] = p
 	}
 	return p
+}
+
+// accept takes a pack from its stream. The end of this end's half tells the sender that the pack is here, a reset that it is not.
+func (a *arrivals) accept(s Stream) error {
+	err := a.take(s)
+	if err != nil {
+		_ = s.Reset()
+	}
+	return err
 }
 
 // take reads a pack from its stream.
@@ -232,9 +245,13 @@ func (a *arrivals) take(s io.Reader) error {
 		return err
 	default:
 	}
-	if err != nil { // who waits is told: nobody else knows what it was to be
+	if err != nil {
 		closeFiles([]*os.File{file})
 		p.err = fmt.Errorf("take in the pack %s of %d bytes: %w", f.Name, f.Size, err)
+		if p.tries++; p.tries < packTries {
+			return err // its sender tries again
+		}
+		// Who waits is told: nobody else knows what it was to be.
 	} else {
 		p.file, p.size = file, f.Size
 	}
@@ -242,21 +259,20 @@ func (a *arrivals) take(s io.Reader) error {
 	return err
 }
 
-// wait gives a pack once it is there. It stays the arrivals'.
-func (a *arrivals) wait(ctx context.Context, name string) (*os.File, int64, error) {
-	p := a.of(name)
+// wait waits until a pack is there, and gives its size. It stays the arrivals'.
+func (p *arrival) wait(ctx context.Context, name string) (int64, error) {
 	select {
 	case <-p.done:
 	case <-ctx.Done():
-		return nil, 0, context.Cause(ctx)
+		return 0, context.Cause(ctx)
 	}
-	if p.err != nil {
-		return nil, 0, p.err
+	switch {
+	case p.file != nil:
+		return p.size, nil
+	case p.err != nil:
+		return 0, p.err
 	}
-	if p.file == nil {
-		return nil, 0, errFrame("the pack %s did not come", name)
-	}
-	return p.file, p.size, nil
+	return 0, errFrame("the pack %s did not come", name)
 }
 
 // drop gives up a pack, and hands out its file if it has come.
@@ -293,26 +309,57 @@ func (a *arrivals) close() {
 	}
 }
 
-// sendPack sends a pack over a stream of its own. When it returns, the link has all of it, and the file may be written to again.
-func sendPack(ctx context.Context, open OpenFunc, name string, file *os.File, size int64) error {
+// packTries is how often a pack is sent: a stream of it may fail where the link does not, be it that one of the ends has no room at this
+// moment. The tries take about 3 s.
+const packTries = 5
+
+// sendPack sends a pack over a stream of its own, as often as it takes up to packTries. passed is called when the link has all of it: the
+// next may go. When it returns nil, the other end has all of it.
+func sendPack(ctx context.Context, open OpenFunc, name string, file *os.File, size int64, passed func()) error {
+	bo := backoff.NewExponentialBackOff()
+	bo.InitialInterval, bo.Multiplier = 200*time.Millisecond, 2
+	_, err := backoff.Retry(ctx, func() (struct{}, error) {
+		return struct{}{}, sendOnce(ctx, open, name, file, size, passed)
+	}, backoff.WithBackOff(bo), backoff.WithMaxTries(packTries), backoff.WithMaxElapsedTime(0))
+	return err
+}
+
+func sendOnce(ctx context.Context, open OpenFunc, name string, file *os.File, size int64, passed func()) error {
+	b, err := appendHead(&frame{head: head{T: tPack, Name: name, Size: size}})
+	if err != nil {
+		return backoff.Permanent(err)
+	}
 	s, err := open(ctx, PackTarget)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
 	defer context.AfterFunc(ctx, func() { _ = s.Reset() })()
-	b, err := appendHead(&frame{head: head{T: tPack, Name: name, Size: size}})
-	if err != nil {
-		return err
-	}
 	if _, err = s.Write(b); err == nil {
 		err = send(s, file, size)
 	}
 	if err == nil {
 		err = s.CloseWrite()
 	}
+	if err == nil {
+		passed()
+		err = awaitClose(s)
+	}
 	if err != nil {
 		_ = s.Reset()
 	}
 	return err
+}
+
+// awaitClose waits for the end of the other end's half, which is its word that it has the pack.
+func awaitClose(s io.Reader) error {
+	var b [1]byte
+	switch n, err := s.Read(b[:]); {
+	case n > 0:
+		return errFrame("an answer to a pack")
+	case errors.Is(err, io.EOF):
+		return nil
+	default:
+		return err
+	}
 }

@@ -134,7 +134,7 @@ func (s *Site) Accept(ctx context.Context, target string, st Stream) error {
 	if target != PackTarget {
 		return problem.New(problem.Internal, "", "no target is called %q", target)
 	}
-	return s.arrivals.take(st)
+	return s.arrivals.accept(st)
 }
 
 // Run starts the workers, joins the hub and works until ctx is done, the control stream ends, or workers cannot be had. No process is
@@ -255,10 +255,10 @@ func (s *Site) message(ctx context.Context, f frame) error {
 	}
 	s.refs[f.Pack]++
 	s.mu.Unlock()
+	pack := s.arrivals.of(f.Pack)
 	// How many wait here is how many messages are under way to this site.
 	s.packs.Go(func() {
-		file, _, err := s.arrivals.wait(ctx, f.Pack)
-		if err != nil {
+		if _, err := pack.wait(ctx, f.Pack); err != nil {
 			if ctx.Err() == nil { // or else the link's end
 				select {
 				case s.broken <- err:
@@ -269,7 +269,7 @@ func (s *Site) message(ctx context.Context, f frame) error {
 		}
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		t.file, t.here = file, true
+		t.file, t.here = pack.file, true
 		s.listLocked(n)
 	})
 	return nil
@@ -653,16 +653,26 @@ func (s *Site) serve(ctx context.Context, w *worker, t *task) error {
 		_ = a.file.Close()
 		return context.Cause(ctx)
 	}
+	if err := s.link.write(out); err != nil {
+		<-w.sent
+		_ = a.file.Close()
+		return err
+	}
 	s.packs.Go(func() {
-		defer func() { <-w.sent }()
+		sent := sync.OnceFunc(func() { <-w.sent })
+		defer sent()
 		defer a.file.Close()
-		if err := sendPack(ctx, s.opt.Open, out.Pack, a.file, a.size); err != nil {
+		if err := sendPack(ctx, s.opt.Open, out.Pack, a.file, a.size, sent); err != nil {
+			if ctx.Err() != nil { // or else the link lives, and somebody waits for this
+				return
+			}
 			s.opt.Log.Warn("a reply did not reach the hub", "err", err)
-			return // the link's end, of which the control stream tells
+			// A write that fails is the control stream's end, of which its reader tells.
+			_ = s.link.write(frame{head: head{T: tLost, ID: t.ID, Node: t.node.id, Code: CodeNoReply, Pack: out.Pack}})
 		}
 		w.out.put(frame{head: head{T: tFree, Pack: f.Pack}})
 	})
-	return s.link.write(out)
+	return nil
 }
 
 // attached is what came beside a reply.
