@@ -226,7 +226,6 @@ func sameSites(a, b []schedule.Request) bool {
 func (s *scheduler) activeOf(j job.Job, ps []job.Party) *schedule.Active {
 	a := &schedule.Active{ID: j.ID, Submitter: j.Submitter, Priority: j.Spec.Priority, Started: j.Started}
 	shape := s.shape(j.Spec)
-	runs := hubParty(ps).State == job.PartyRunning // whoever is over stays so
 	for i, p := range ps {
 		if p.Name == job.HubParty {
 			continue
@@ -238,7 +237,7 @@ func (s *scheduler) activeOf(j job.Job, ps []job.Party) *schedule.Active {
 			r.Ask = j.Spec.ResourcesFor(p.Name)
 		}
 		switch {
-		case p.Holds() && (!runs || !p.State.Terminal()):
+		case j.Holds(p):
 			a.Holds = append(a.Holds, r)
 		case p.State == job.PartyAbsent && j.State != job.Stopping:
 			a.Late = append(a.Late, r)

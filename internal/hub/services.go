@@ -362,7 +362,7 @@ func (h *Hub) hasPart(ctx context.Context, j job.Job, site string) error {
 		if err != nil && problem.CodeOf(err) != problem.NotFound {
 			return err
 		}
-		if err == nil && p.Holds() && !p.State.Terminal() {
+		if err == nil && p.Allocated && !p.State.Terminal() {
 			return nil
 		}
 	}

@@ -97,14 +97,15 @@ type Party struct {
 	Cause   *Cause     `json:"cause,omitempty"`
 	Updated time.Time  `json:"updated"`
 
-	// Allocated tells that the job was given what it asks for at the site; see Holds.
+	// Allocated tells that the job was given what it asks for at the site; see [Job.Holds].
 	Allocated bool `json:"allocated,omitempty"`
 }
 
-// Holds tells whether the job holds now what it asks for at the party's site: until the party is over, unless it may be about to begin
-// anew on another engine, which it is as long as the run has not begun.
-func (p Party) Holds() bool {
-	return p.Allocated && (!p.State.Terminal() || p.State == PartyFailed && p.Cause != nil && p.Cause.Code == problem.NativeUnavailable)
+// Holds tells whether the job holds now what it asks for at the site of one of its parties: until the party is over, unless it is
+// about to begin anew on another engine, which no job does whose run has begun.
+func (j Job) Holds(p Party) bool {
+	falls := p.State == PartyFailed && p.Cause != nil && p.Cause.Code == problem.NativeUnavailable && j.Spec.EngineAuto && j.State == Preparing
+	return p.Allocated && (!p.State.Terminal() || falls)
 }
 
 // CheckName refuses a name that is not a lower-case DNS label: 1 to 63 letters, digits and inner

@@ -42,6 +42,32 @@ func TestIDsSortInTheOrderOfSubmission(t *testing.T) {
 	}
 }
 
+func TestHolds(t *testing.T) {
+	unavailable, failed := problem.New(problem.NativeUnavailable, "", "not here"), problem.New(problem.AppError, "", "it failed")
+	auto := Job{State: Preparing, Spec: Spec{Engine: EngineNative, EngineAuto: true}}
+	given := func(s PartyState, c *Cause) Party { return Party{State: s, Cause: c, Allocated: true} }
+	for _, c := range []struct {
+		what string
+		job  Job
+		p    Party
+		want bool
+	}{
+		{"what it was not given", auto, Party{State: PartyAbsent}, false},
+		{"a party that is to begin", auto, given(PartyAbsent, nil), true},
+		{"one that runs", auto, given(PartyRunning, nil), true},
+		{"one that has failed", auto, given(PartyFailed, failed), false},
+		{"one that begins anew on the other engine", auto, given(PartyFailed, unavailable), true},
+		{"one of a job that runs on without it", Job{State: Running, Spec: auto.Spec}, given(PartyFailed, unavailable), false},
+		{"one of a job that ends", Job{State: Stopping, Spec: auto.Spec}, given(PartyFailed, unavailable), false},
+		{"one of a job that is over", Job{State: Failed, Spec: auto.Spec}, given(PartyFailed, unavailable), false},
+		{"one of a job that nobody lets take the other engine", Job{State: Preparing, Spec: Spec{Engine: EngineNative}}, given(PartyFailed, unavailable), false},
+	} {
+		if got := c.job.Holds(c.p); got != c.want {
+			t.Errorf("%s: the job holds its site: %v, want %v", c.what, got, c.want)
+		}
+	}
+}
+
 func TestParseIDRefuses(t *testing.T) {
 	for _, s := range []string{"", "01", "zzzzzzzzzzzzzzzzzzzzzzzzzz", "01j0000000000000000000000u", strings.Repeat("0", 27), "../../etc/passwd0000000000"} {
 		if id, err := ParseID(s); problem.CodeOf(err) != problem.Usage {

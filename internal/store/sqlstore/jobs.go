@@ -377,7 +377,7 @@ func (db *DB) Again(ctx context.Context, id job.ID, party, reason string, now ti
 		if !p.State.Again() || j.State != job.Preparing && j.State != job.Running {
 			return false, (&store.MoveError{Job: id, Party: party, From: string(p.State), To: string(job.PartyAbsent)}).Problem()
 		}
-		holds := p.Holds() && (!p.State.Terminal() || j.Spec.Engine == job.EngineFlower)
+		holds := j.Holds(p) && (!p.State.Terminal() || j.Spec.Engine == job.EngineFlower)
 		if _, err := tx.ExecContext(ctx, "UPDATE party SET state = ?, attempt = ?, reason = ?, cause = '', updated = ?, allocated = ? WHERE job = ? AND name = ?",
 			job.PartyAbsent, p.Attempt+1, reason, nanos(now), flag(holds), id, party); err != nil {
 			return false, err

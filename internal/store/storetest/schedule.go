@@ -20,9 +20,11 @@ func holding(t tb, db DB, id job.ID) []string {
 	t.Helper()
 	ps, err := db.Parties(t.Context(), id)
 	ok(t, err)
+	j, err := db.Job(t.Context(), id)
+	ok(t, err)
 	out := []string{}
 	for _, p := range ps {
-		if p.Holds() {
+		if j.Holds(p) {
 			out = append(out, p.Name)
 		}
 	}
@@ -108,7 +110,8 @@ func testStart(t *testing.T, open Opener) {
 
 func testAllocate(t *testing.T, open Opener) {
 	db := start(t, open)
-	j := create(t, db, "s1", "s2")
+	j, err := db.CreateJob(t.Context(), job.Job{Name: "quickstart", Created: t0, Spec: job.Spec{Engine: job.EngineNative, EngineAuto: true}}, []string{"s1", "s2"})
+	ok(t, err)
 	onDuty(t, db, "me")
 	refused(t, db.Allocate(t.Context(), j.ID, "s2", "me")) // nothing runs yet
 	ok(t, db.Move(t.Context(), j.ID, job.Queued, nil, "", t0))
