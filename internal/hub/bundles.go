@@ -43,6 +43,9 @@ func (h *Hub) mayRead(ctx context.Context, digest string) error {
 	if err := checkDigest(digest); err != nil || who.Kind == pki.KindUser {
 		return err
 	}
+	if err := h.enrolledSite(ctx, who.Name); err != nil {
+		return err
+	}
 	js, err := h.openJobs(ctx, store.Filter{Bundle: digest})
 	if err != nil {
 		return err

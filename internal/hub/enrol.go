@@ -52,8 +52,13 @@ func (h *Hub) siteNames(ctx context.Context) ([]string, error) {
 
 // enrolledSite refuses a calling site of which the hub has only its certificate.
 func (h *Hub) enrolledSite(ctx context.Context, name string) error {
-	i, ok := ctx.Value(callerKey{}).(store.Identity) // the gate has looked
-	if !ok || i.Enrolled.IsZero() && !slices.Contains(h.conf.Sites, name) {
+	i, _ := ctx.Value(callerKey{}).(store.Identity) // the gate has looked
+	return h.isEnrolled(i, name)
+}
+
+// isEnrolled refuses a site that the hub's directory does not name, if the store knows of no enrolment of it.
+func (h *Hub) isEnrolled(i store.Identity, name string) error {
+	if i.Name != name || i.Enrolled.IsZero() && !slices.Contains(h.conf.Sites, name) {
 		return problem.New(problem.Denied, "enrol it at the hub", "site %s is not enrolled", name)
 	}
 	return nil

@@ -3,6 +3,7 @@ package hub
 import (
 	"context"
 	"crypto/tls"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -21,8 +22,9 @@ import (
 	"github.com/pergolafl/pergola/internal/store"
 )
 
-// spliced is a hub's port for links, with the hub's end of a job that runs at site a. No controller looks after the job.
-func spliced(t *testing.T) (h *Hub, id job.ID, addr string, accept func() *link.Session) {
+// spliced is a hub's port for links, with the hub's end of a job that runs at site a. No controller looks after the job. Sites are those
+// of hub.toml.
+func spliced(t *testing.T, sites ...string) (h *Hub, id job.ID, addr string, accept func() *link.Session) {
 	t.Helper()
 	dir := t.TempDir()
 	if _, err := Init(dir, []string{"hub.example.org:8443"}, "127.0.0.1:0"); err != nil {
@@ -32,6 +34,7 @@ func spliced(t *testing.T) (h *Hub, id job.ID, addr string, accept func() *link.
 	if err != nil {
 		t.Fatal(err)
 	}
+	h.conf.Sites = sites
 	now := time.Now()
 	id = job.NewID(now)
 	if _, err := h.db.CreateJob(t.Context(), job.Job{ID: id, Name: "app", Spec: job.Spec{Sites: []string{"a"}}.WithDefaults(), Created: now}, []string{"a"}); err != nil {
@@ -93,11 +96,36 @@ func spliced(t *testing.T) (h *Hub, id job.ID, addr string, accept func() *link.
 	}
 }
 
+// A site that was taken out of hub.toml has no link any more, though its part is alive.
+func TestLinkOfAFormerSite(t *testing.T) {
+	h, id, addr, _ := spliced(t, "b")
+	pair, err := h.auth.NewKeypair(pki.Identity{Kind: pki.KindParty, Name: "a", Job: string(id)}, nil, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := pair.Certificate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := tls.Dialer{Config: pki.ClientTLS(cert, h.auth.Roots(), pki.HubName, link.ALPN)}
+	c, err := d.DialContext(t.Context(), "tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := c.SetDeadline(time.Now().Add(20 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) || n != 0 {
+		t.Errorf("read %d, %v; want the end", n, err)
+	}
+}
+
 // A job that runs for longer than its certificate is good goes on: the link is cut with each certificate and comes back with the one that was
 // had meanwhile, and no byte is lost. When the site is removed the link is cut, and its runner hears that it is for good.
 func TestLinkOutlivesItsCertificate(t *testing.T) {
 	t.Parallel() // it waits
-	h, id, addr, accept := spliced(t)
+	h, id, addr, accept := spliced(t, "a")
 	party := pki.Identity{Kind: pki.KindParty, Name: "a", Job: string(id)}
 	issue := func() pki.Keypair {
 		k, err := h.auth.Keypair(party, pki.Grant{TTL: 2 * time.Second})

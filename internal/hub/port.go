@@ -210,7 +210,7 @@ func (h *Hub) splice(ctx context.Context, c *tls.Conn) {
 	ctx, cancel := context.WithDeadline(ctx, leaf.NotAfter)
 	defer cancel()
 	site, _ := behind(id)
-	_, leave, err := h.admit(ctx, leaf, site, func(p *problem.Error) { end(p) })
+	i, leave, err := h.admit(ctx, leaf, site, func(p *problem.Error) { end(p) })
 	if err != nil {
 		log.Warn("a link was refused", "err", err)
 		if problem.CodeOf(err) == problem.Removed { // for good, and its runner is to know
@@ -222,6 +222,9 @@ func (h *Hub) splice(ctx context.Context, c *tls.Conn) {
 	}
 	defer leave()
 	jid, err := job.ParseID(id.Job)
+	if err == nil {
+		err = h.isEnrolled(i, id.Name)
+	}
 	if err == nil {
 		err = h.mayLink(ctx, jid, id.Name)
 	}

@@ -528,6 +528,25 @@ func TestSitesAndSubmissions(t *testing.T) {
 	_ = w.Close()
 }
 
+// A site that was taken out of hub.toml reads no bundle any more, though it has a part in a job of it.
+func TestBundlesAndAFormerSite(t *testing.T) {
+	digest := "sha256:" + strings.Repeat("0", 64)
+	s := serveWith(t, Config{Sites: []string{"b"}}, func(h *Hub) {
+		now := time.Now()
+		if _, err := h.db.CreateJob(t.Context(), job.Job{ID: job.NewID(now), Name: "app", Bundle: digest, Spec: job.Spec{Sites: []string{"a", "b"}, MinSites: 1}.WithDefaults(), Created: now}, []string{"a", "b"}); err != nil {
+			t.Fatal(err)
+		}
+	})
+	for id, want := range map[pki.Identity]problem.Code{siteA: problem.Denied, siteB: ""} {
+		if _, err := s.as(id).Bundles.HasBundle(t.Context(), &pb.HasBundleRequest{Digest: digest}); problem.CodeOf(err) != want {
+			t.Errorf("%s: %v, want %q", id, err, want)
+		}
+	}
+	if err := first(s.as(siteA).Bundles.DownloadBundle(t.Context(), &pb.DownloadBundleRequest{Digest: digest})); problem.CodeOf(err) != problem.Denied {
+		t.Errorf("it reads the bundle: %v", err)
+	}
+}
+
 // Links are for sites with a living part, and others are hung up on without a word.
 func TestLinksAreRefused(t *testing.T) {
 	s := serve(t)
