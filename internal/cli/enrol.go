@@ -2,7 +2,9 @@ package cli
 
 import (
 	"cmp"
+	"crypto/sha256"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,6 +12,8 @@ import (
 	"os"
 	"os/user"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -181,11 +185,11 @@ A directory that is there already and is of the same site keeps its site.toml, a
 			if err != nil {
 				return err
 			}
-			var conf site.Config
 			_, err = os.Stat(file)
 			there := !errors.Is(err, fs.ErrNotExist)
 			if there {
-				if err := config.Read(file, &conf); err != nil {
+				conf, hubs, err := site.ReadConfig(dir)
+				if err != nil {
 					return err
 				}
 				if proxy == "" {
@@ -193,6 +197,10 @@ A directory that is there already and is of the same site keeps its site.toml, a
 				}
 				if conf.Name != t.Name {
 					return problem.New(problem.Usage, "choose another directory with --dir", "%s is of site %s, and the token is for site %s", dir, conf.Name, t.Name)
+				}
+				if leadsElsewhere(dir, hubs, t) {
+					return problem.New(problem.Usage, fmt.Sprintf("choose another directory with --dir; or, if this one is to be of the other hub, write hub = %s in %s and join again", quoted(t.Hubs), file),
+						"%s is of a site of the hub at %s, and the token is of another one, at %s", dir, strings.Join(hubs, ", "), strings.Join(t.Hubs, ", "))
 				}
 			}
 			if err := os.MkdirAll(dir, 0o700); err != nil { // before the token is used up
@@ -232,6 +240,29 @@ A directory that is there already and is of the same site keeps its site.toml, a
 	fl.StringVar(&python, "python", "", "interpreter for the site's side of jobs (default: the best of PATH)")
 	must(c.MarkFlagDirname("dir"))
 	return c
+}
+
+// leadsElsewhere tells whether the agent in dir, which goes to hubs, would not come to the hub that made the token. One that was made
+// anew is at the same addresses, and the same one may have others by now, or others on the way of this site.
+func leadsElsewhere(dir string, hubs []string, t enrol.Token) bool {
+	k, err := pki.LoadKeypair(dir, "site")
+	if err != nil {
+		return false // it has no hub yet
+	}
+	authority, _ := pem.Decode(k.CAPEM)
+	if authority != nil && sha256.Sum256(authority.Bytes) == t.CA {
+		return false
+	}
+	return !slices.ContainsFunc(t.Hubs, func(h string) bool { return slices.Contains(hubs, h) })
+}
+
+// quoted is a list of texts as TOML has it.
+func quoted(list []string) string {
+	var out []string
+	for _, s := range list {
+		out = append(out, strconv.Quote(s))
+	}
+	return "[" + strings.Join(out, ", ") + "]"
 }
 
 // keepOwner gives the files that root has written into a directory of another user to that user, as whom its service runs.
