@@ -5,7 +5,9 @@ package keyed
 import (
 	"context"
 	"errors"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -14,7 +16,7 @@ import (
 // File waits for the lock of a file, which it makes if there is none: with shared, together with others who share it. The lock
 // goes with the process, whatever ends it.
 func File(path string, shared bool) (unlock func(), err error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := open(path)
 	if err != nil {
 		return nil, err
 	}
@@ -31,6 +33,31 @@ func File(path string, shared bool) (unlock func(), err error) {
 			return nil, errors.Join(err, f.Close())
 		}
 		return func() { _ = f.Close() }, nil // which unlocks
+	}
+}
+
+// open opens a lock's file, or makes it. What root makes in the folder of another user, for whom a service works there, is that user's.
+func open(path string) (*os.File, error) {
+	for {
+		f, err := os.OpenFile(path, os.O_RDWR|unix.O_NOFOLLOW, 0)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return f, err
+		}
+		f, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600) // nothing else than a new file is given away
+		if errors.Is(err, fs.ErrExist) {
+			continue
+		}
+		if err != nil || os.Geteuid() != 0 {
+			return f, err
+		}
+		var dir unix.Stat_t
+		if err := unix.Stat(filepath.Dir(path), &dir); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		if err := f.Chown(int(dir.Uid), int(dir.Gid)); err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+		return f, nil
 	}
 }
 

@@ -3,7 +3,11 @@ package keyed
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 )
 
@@ -47,5 +51,43 @@ func TestLocks(t *testing.T) {
 	b()
 	if len(l.locks) != 0 {
 		t.Errorf("%d locks are left", len(l.locks))
+	}
+}
+
+// A lock that root makes in the folder of a service is the service's, which is to have it later.
+func TestFileOfTheFoldersOwner(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root gives files away")
+	}
+	const uid = 54321
+	dir := t.TempDir()
+	if err := os.Chown(dir, uid, uid); err != nil {
+		t.Fatal(err)
+	}
+	elsewhere := filepath.Join(t.TempDir(), "root's")
+	link := filepath.Join(dir, "link")
+	if err := os.Symlink(elsewhere, link); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, ".lock")
+	for range 2 {
+		unlock, err := File(path, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		unlock()
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st, ok := info.Sys().(*syscall.Stat_t); !ok || st.Uid != uid || st.Gid != uid || info.Mode().Perm() != 0o600 {
+			t.Errorf("the lock is %v of %+v", info.Mode(), info.Sys())
+		}
+	}
+	if _, err := File(link, true); err == nil {
+		t.Error("a link of the folder leads out of it")
+	}
+	if _, err := os.Lstat(elsewhere); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("where the link leads: %v", err)
 	}
 }
