@@ -30,10 +30,11 @@ const maxClients = 1 << 20
 
 // HubOptions say what a Hub tells of. None of the functions may block.
 type HubOptions struct {
-	Log        *slog.Logger       // nil: nothing is logged
-	OnBatch    func(Batch)        // what a site's replies of one round and type had in them
-	OnProgress func(what string)  // a message came or went
-	OnSites    func(sites, n int) // the sites that are there, and their nodes; told at each change
+	Log        *slog.Logger           // nil: nothing is logged
+	OnBatch    func(Batch)            // what a site's replies of one round and type had in them
+	OnProgress func(what string)      // a message came or went
+	OnRefused  func(site, why string) // a reply was not what it must be, and is as good as none
+	OnSites    func(sites, n int)     // the sites that are there, and their nodes; told at each change
 }
 
 // Hub is the hub's side of a job: it serves the ServerApp's Grid, and passes messages between it and the sites.
@@ -58,6 +59,7 @@ type Hub struct {
 type pending struct {
 	id     string
 	node   uint64
+	dst    uint64 // as its protobuf says it, which is how the reply has to say it; 0: it does not
 	to     *Member
 	typ    string
 	round  int
@@ -242,6 +244,7 @@ func (h *Hub) message(f *frame) error {
 	}
 	h.batches.flush(f.Type)
 	p := &pending{id: f.ID, node: f.Node, to: to, typ: f.Type, at: time.Now(), bytes: int64(len(f.proto))}
+	_, p.dst, _ = ends(f.proto)        // what a ServerApp's process sends that is no protobuf is its own affair
 	p.round, _ = strconv.Atoi(f.Group) // Flower's strategies put the round there; others, what they like
 	msg := frame{head: head{T: tMsg, ID: f.ID, Node: f.Node, TTL: f.TTL, Type: f.Type, Group: f.Group}, proto: f.proto}
 	if pack != nil {
@@ -374,14 +377,36 @@ func (h *Hub) tell(f frame) {
 
 // lost answers for a message to which no reply will come.
 func (h *Hub) lost(from *Member, id string, code int, reason string) {
-	p := h.take(from, id)
-	if p == nil {
-		return
+	if p := h.take(from, id); p != nil {
+		h.answer(p, code, reason)
 	}
+}
+
+// answer answers for a message that was taken.
+func (h *Hub) answer(p *pending, code int, reason string) {
 	h.mu.Lock()
 	h.batches.add(p, head{Err: &errorReply{Code: code}}, 0)
 	h.mu.Unlock()
-	h.tell(frame{head: head{T: tLost, ID: id, Node: p.node, Code: code, Reason: reason}})
+	h.tell(frame{head: head{T: tLost, ID: p.id, Node: p.node, Code: code, Reason: reason}})
+}
+
+// refuses tells why a site's reply is none to this message, "" if it is one: who answers for a node is its site alone, and an app goes by
+// what the protobuf says.
+func (p *pending) refuses(f *frame) string {
+	if f.Node != p.node {
+		return fmt.Sprintf("it is of node %d, and the message was for node %d", f.Node, p.node)
+	}
+	if p.dst == 0 {
+		return ""
+	}
+	src, _, err := ends(f.proto)
+	if err != nil {
+		return fmt.Sprintf("it is no protobuf (%v)", err)
+	}
+	if src != p.dst {
+		return fmt.Sprintf("it names node %d as its source, and the message was for node %d", src, p.node)
+	}
+	return ""
 }
 
 // reply passes a reply on once its pack, nil if it has none, is there. Until then its message waits as before, so that whatever happens
@@ -416,6 +441,14 @@ func (h *Hub) reply(ctx context.Context, m *Member, f *frame, pack *arrival) {
 	p := h.take(m, f.ID)
 	if p == nil { // it came too late
 		h.files.put(file)
+		return
+	}
+	if why := p.refuses(f); why != "" {
+		h.files.put(file)
+		h.answer(p, CodeNoReply, "")
+		if h.opt.OnRefused != nil {
+			h.opt.OnRefused(m.site, why)
+		}
 		return
 	}
 	h.opt.progress("a message came from " + m.site)

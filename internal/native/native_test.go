@@ -182,17 +182,18 @@ type fakeWorker func(c *conn, f *frame, packs map[string]string) (answer *frame,
 
 // world is a hub, sites and a ServerApp's end.
 type world struct {
-	t      testing.TB
-	hub    *Hub
-	links  []*fakeLink
-	server *conn
-	nodes  []uint64
-	result chan error
-	deaths chan string
-	starts atomic.Int32
-	unread atomic.Bool // workers do not look into packs
-	mu     sync.Mutex
-	batch  []Batch
+	t       testing.TB
+	hub     *Hub
+	links   []*fakeLink
+	server  *conn
+	nodes   []uint64
+	result  chan error
+	deaths  chan string
+	refused chan string // sites
+	starts  atomic.Int32
+	unread  atomic.Bool // workers do not look into packs
+	mu      sync.Mutex
+	batch   []Batch
 }
 
 func (w *world) process(run func(*conn)) Process {
@@ -279,9 +280,9 @@ type faults struct {
 }
 
 func newFaultyWorld(t testing.TB, sites, clients, workers int, isolation string, f fakeWorker, wrong faults) *world {
-	w := &world{t: t, result: make(chan error, 1), deaths: make(chan string, 100)}
+	w := &world{t: t, result: make(chan error, 1), deaths: make(chan string, 100), refused: make(chan string, 100)}
 	ctx, cancel := context.WithCancel(t.Context())
-	w.hub = NewHub(HubOptions{OnBatch: func(b Batch) {
+	w.hub = NewHub(HubOptions{OnRefused: func(site, _ string) { w.refused <- site }, OnBatch: func(b Batch) {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.batch = append(w.batch, b)
@@ -350,6 +351,13 @@ func newFaultyWorld(t testing.TB, sites, clients, workers int, isolation string,
 		<-p.Done
 	})
 	return w
+}
+
+// site gives the name of the site that has a node.
+func (w *world) site(node int) string {
+	w.hub.mu.Lock()
+	defer w.hub.mu.Unlock()
+	return w.hub.nodes[w.nodes[node]].site
 }
 
 // next reads the ServerApp's next frame, which must be of one of the types.
@@ -646,8 +654,8 @@ func fails(t *testing.T, start func(n int) (Process, error)) (deaths []string, s
 	return deaths, starts, took, err
 }
 
-// ends is a process that is gone before it has said anything.
-func ends() (Process, error) {
+// stillborn is a process that is gone before it has said anything.
+func stillborn() (Process, error) {
 	ours, theirs := net.Pipe()
 	done := make(chan struct{})
 	close(done)
@@ -656,7 +664,7 @@ func ends() (Process, error) {
 
 // A worker that ends before it is ready is replaced, with a pause and a word about it; but not for ever.
 func TestWorkersThatNeverStart(t *testing.T) {
-	deaths, starts, took, err := fails(t, func(int) (Process, error) { return ends() })
+	deaths, starts, took, err := fails(t, func(int) (Process, error) { return stillborn() })
 	if err == nil || !strings.Contains(err.Error(), "ended 3 times before it was ready, the last time with: exit code 3") || starts != maxDeaths {
 		t.Errorf("%v after %d starts", err, starts)
 	}

@@ -85,7 +85,13 @@ func (r *runner) nativeHub(ctx context.Context) error {
 		return err
 	}
 	var batches aside
-	hub := native.NewHub(native.HubOptions{Log: r.log, OnProgress: r.progressed, OnBatch: func(b native.Batch) { batches.do(func() { r.batch(b) }) }})
+	hub := native.NewHub(native.HubOptions{
+		Log: r.log, OnProgress: r.progressed, OnBatch: func(b native.Batch) { batches.do(func() { r.batch(b) }) },
+		OnRefused: func(site, why string) {
+			text := fmt.Sprintf("a reply of %s is refused, and its message answered with an error: %s", site, why)
+			batches.do(func() { r.note(job.KindWarning, job.Text{Message: text}) })
+		},
+	})
 	// The links go after the party's last word: a site that finds its link broken would be heard first, and taken for the cause.
 	linked, unlink := context.WithCancel(context.WithoutCancel(ctx))
 	links, lctx := errgroup.WithContext(linked)
