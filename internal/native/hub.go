@@ -42,6 +42,7 @@ type Hub struct {
 	opt   HubOptions
 	run   uint64
 	files memFiles
+	same  func(a, b *os.File, size int64) bool // tests look at how it is called
 
 	mu      sync.Mutex // guards the rest
 	server  *outbox    // to the ServerApp's process; nil before the start and after the end
@@ -86,7 +87,7 @@ func NewHub(opt HubOptions) *Hub {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
 	return &Hub{
-		opt: opt, run: randomID(), nodes: map[uint64]*Member{}, changed: make(chan struct{}),
+		opt: opt, run: randomID(), same: same, nodes: map[uint64]*Member{}, changed: make(chan struct{}),
 		pending: map[string]*pending{}, packs: map[string]*outPack{}, replies: map[string]*os.File{}, batches: newBatches(opt.OnBatch),
 	}
 }
@@ -225,15 +226,15 @@ func (h *Hub) Sites() int {
 
 // message takes a message of the ServerApp.
 func (h *Hub) message(f *frame) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	var pack *outPack
 	if f.Pack != "" {
 		var err error
-		if pack, err = h.packLocked(f); err != nil {
+		if pack, err = h.pack(f); err != nil {
 			return err
 		}
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	to := h.nodes[f.Node]
 	if to == nil {
 		h.server.put(frame{head: head{T: tLost, ID: f.ID, Node: f.Node, Code: CodeNoNode}})
@@ -269,32 +270,44 @@ func seconds(s float64) time.Duration {
 	return time.Duration(min(s, longest) * float64(time.Second))
 }
 
-// packLocked gives the pack that a message of the ServerApp names. One with the same bytes as another that is still held is that
-// other: an app that makes its arrays anew for each client sends each site one model all the same.
-func (h *Hub) packLocked(f *frame) (*outPack, error) {
+// pack gives the pack that a message of the ServerApp names. One with the same bytes as another that is still held is that other: an app
+// that makes its arrays anew for each client sends each site one model all the same.
+func (h *Hub) pack(f *frame) (*outPack, error) {
 	file := f.file(f.Pack)
+	h.mu.Lock()
+	held := h.packs[f.Pack]
+	var alike []*outPack
+	for _, p := range h.packs {
+		if file != nil && slices.Equal(p.lens, f.Lens) && !slices.Contains(alike, p) {
+			alike = append(alike, p)
+		}
+	}
+	h.mu.Unlock()
 	if file == nil {
-		p := h.packs[f.Pack]
-		if p == nil {
+		if held == nil {
 			return nil, errFrame("a message names the pack %q, which nobody has sent", f.Pack)
 		}
-		return p, nil
+		return held, nil
 	}
 	size, err := sizeOf(file, f.Lens)
-	if err != nil || h.packs[f.Pack] != nil {
+	if err == nil && held != nil {
+		err = errFrame("two packs are called %q", f.Pack)
+	}
+	if err != nil {
 		_ = file.Close()
-		if err == nil {
-			err = errFrame("two packs are called %q", f.Pack)
-		}
 		return nil, err
 	}
-	for _, p := range h.packs {
-		if p.size == size && slices.Equal(p.lens, f.Lens) && same(p.file, file, size) {
-			_ = file.Close()
-			p.names = append(p.names, f.Pack)
-			h.packs[f.Pack] = p
-			return p, nil
-		}
+	// Not under the lock: models are large, and others have messages. A pack that is named goes only when the ServerApp's process drops it,
+	// which is heard on this very goroutine.
+	equal := slices.IndexFunc(alike, func(p *outPack) bool { return h.same(p.file, file, size) })
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if equal >= 0 {
+		_ = file.Close()
+		p := alike[equal]
+		p.names = append(p.names, f.Pack)
+		h.packs[f.Pack] = p
+		return p, nil
 	}
 	h.names++
 	p := &outPack{name: fmt.Sprintf("h.%d", h.names), file: file, size: size, lens: f.Lens, own: f.Pack, names: []string{f.Pack}, had: map[*Member]bool{}}

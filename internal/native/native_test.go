@@ -275,8 +275,9 @@ func newWorld(t testing.TB, sites, clients, workers int, isolation string, f fak
 
 // faults is what goes wrong in a world; nil: nothing.
 type faults struct {
-	start    func(n int32) error // with the start of the n-th worker, from 1
-	to, back flaws               // with streams of packs to a site, and from it
+	same     func(h *Hub, a, b *os.File, size int64) bool // nothing by itself: it is called in the place of same
+	start    func(n int32) error                          // with the start of the n-th worker, from 1
+	to, back flaws                                        // with streams of packs to a site, and from it
 }
 
 func newFaultyWorld(t testing.TB, sites, clients, workers int, isolation string, f fakeWorker, wrong faults) *world {
@@ -287,6 +288,9 @@ func newFaultyWorld(t testing.TB, sites, clients, workers int, isolation string,
 		defer w.mu.Unlock()
 		w.batch = append(w.batch, b)
 	}})
+	if wrong.same != nil {
+		w.hub.same = func(a, b *os.File, size int64) bool { return wrong.same(w.hub, a, b, size) }
+	}
 	var wg sync.WaitGroup
 	for i := range sites {
 		l := &fakeLink{t: t, hub: w.hub, wrong: wrong}
@@ -493,6 +497,43 @@ func TestPacks(t *testing.T) {
 			t.Errorf("the site holds on to %v", l.site.refs)
 		}
 		l.site.mu.Unlock()
+	}
+}
+
+// Others have their messages while two models are compared.
+func TestPacksAreComparedAside(t *testing.T) {
+	compared := 0
+	w := newFaultyWorld(t, 1, 1, 1, Warm, echo, faults{same: func(h *Hub, a, b *os.File, size int64) bool {
+		compared++
+		if !h.mu.TryLock() {
+			t.Error("the hub is locked meanwhile")
+			return true
+		}
+		h.mu.Unlock()
+		return same(a, b, size)
+	}})
+	for _, name := range []string{"s.1", "s.2", "s.3"} {
+		model := "a model"
+		if name == "s.2" {
+			model = "another"
+		}
+		w.send(frame{
+			head:  head{T: tMsg, ID: name, Node: w.nodes[0], TTL: 100, Pack: name, Lens: []int64{7}, Fds: []string{name}},
+			files: []*os.File{memory(t, model)},
+		})
+		f := w.next(tReply)
+		file := f.file(f.Pack)
+		if got := content(t, file); got != strings.ToUpper(model) {
+			t.Errorf("%s is answered with %q", name, got)
+		}
+		closeFiles([]*os.File{file})
+	}
+	if n := w.links[0].packs.Load(); n != 2 {
+		t.Errorf("%d models went to the site, want 2", n)
+	}
+	w.done()
+	if compared < 2 {
+		t.Errorf("models were compared %d times", compared)
 	}
 }
 
