@@ -95,7 +95,7 @@ func (p *port) run(ctx context.Context, onLink func(*tls.Conn)) error {
 			continue
 		}
 		wg.Go(func() {
-			tc := tls.Server(c, p.conf)
+			tc := tls.Server(link.Coalesce(c), p.conf)
 			hs, cancel := context.WithTimeout(ctx, p.wait)
 			err := tc.HandshakeContext(hs)
 			joins := err == nil && tc.ConnectionState().NegotiatedProtocol == pki.JoinALPN

@@ -170,6 +170,7 @@ func pump(from, to net.Conn, ended <-chan struct{}) error {
 			buffers.Put(large)
 		}
 	}()
+	source, sink := coalescerOf(from), coalescerOf(to)
 	for {
 		select {
 		case <-ended:
@@ -178,9 +179,9 @@ func pump(from, to net.Conn, ended <-chan struct{}) error {
 			}
 		default:
 		}
-		n, err := from.Read(b)
+		n, err := source.readFrom(from, b)
 		if n > 0 {
-			if _, werr := to.Write(b[:n]); werr != nil {
+			if werr := sink.writeTo(to, b[:n]); werr != nil {
 				return werr
 			}
 		}

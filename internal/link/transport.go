@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// spliceBuffer is what one direction of a splice reads at a time, in bytes: four TLS records.
-const spliceBuffer = 64 << 10
+// spliceBuffer is what one direction of a splice reads at a time, in bytes: eight TLS records.
+const spliceBuffer = 128 << 10
 
 // idleBuffer is what one direction of a splice holds while little comes.
 const idleBuffer = 2 << 10
@@ -28,11 +28,13 @@ const (
 	sendData   = sendBuffer - (unitHead + ackBody) - unitHead - unitHead
 )
 
+// sendBuffers have what is written, and what is read of one frame.
 var sendBuffers = sync.Pool{New: func() any { return new([sendBuffer]byte) }}
 
 // transport is a line's present connection: one goroutine reads it, one writes.
 type transport struct {
 	conn net.Conn
+	wire *coalescer // that conn lies on; nil: none
 	l    *line
 	wake chan struct{} // the writer has something to look at
 	lost chan struct{} // closed by drop
@@ -49,7 +51,7 @@ type transport struct {
 
 func newTransport(conn net.Conn, l *line) *transport {
 	now := time.Now()
-	return &transport{conn: conn, l: l, wake: make(chan struct{}, 1), lost: make(chan struct{}), began: now, wrote: now}
+	return &transport{conn: conn, wire: coalescerOf(conn), l: l, wake: make(chan struct{}, 1), lost: make(chan struct{}), began: now, wrote: now}
 }
 
 // poke has the writer look at the line again.
@@ -92,8 +94,8 @@ func (t *transport) run() {
 // read takes frames until the other end's CLOSE (nil) or an error.
 func (t *transport) read() error {
 	r := bufio.NewReaderSize(&watched{t: t}, 4<<10)
-	buf := buffers.Get().(*[spliceBuffer]byte) //nolint:errcheck // the pool holds nothing else
-	defer buffers.Put(buf)
+	buf := sendBuffers.Get().(*[sendBuffer]byte) //nolint:errcheck // the pool holds nothing else
+	defer sendBuffers.Put(buf)
 	var head [unitHead + ackBody]byte
 	for {
 		u, err := readUnit(r, &head)
@@ -107,7 +109,7 @@ func (t *transport) read() error {
 			}
 			// Each piece at once: what has arrived of a frame that is cut needs not come again.
 			for left := u.length; left > 0; {
-				n, err := r.Read(buf[:min(left, len(buf))])
+				n, err := t.wire.readFrom(r, buf[:min(left, len(buf))])
 				if n > 0 {
 					left -= n
 					if err := t.l.deliver(t, buf[:n]); err != nil {
@@ -142,7 +144,7 @@ func (t *transport) write() error {
 				err = t.conn.SetWriteDeadline(now.Add(writeStall))
 			}
 			if err == nil {
-				_, err = t.conn.Write(b)
+				err = t.wire.writeTo(t.conn, b)
 			}
 		}
 		sendBuffers.Put(buf)

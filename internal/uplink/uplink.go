@@ -20,6 +20,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/pergolafl/pergola/internal/link"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -201,7 +202,7 @@ func (d *Dialer) dial(ctx context.Context, hub string) (*tls.Conn, error) {
 		return nil, err
 	}
 	conf := d.tls.Clone()
-	tc := tls.Client(&hearsOut{Conn: c}, conf)
+	tc := tls.Client(&hearsOut{Conn: link.Coalesce(c)}, conf)
 	hs, cancel := context.WithTimeout(ctx, d.waits.tls)
 	defer cancel()
 	if err := tc.HandshakeContext(hs); err != nil {
