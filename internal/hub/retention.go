@@ -69,6 +69,14 @@ type Collector struct {
 	wall func() time.Time
 
 	removed func(Removal) // is told of each, unless nil
+
+	usage func(path string) (int64, error)
+	erase func(path string) error
+	sizes map[job.ID]int64 // of jobs that have been over for a while, as far as a limit asks for them: they change no more
+}
+
+func newCollector(dir string, keep Retention, db store.Store, log *slog.Logger, wall func() time.Time) *Collector {
+	return &Collector{dir: dir, keep: keep, db: db, log: log, wall: wall, usage: usage, erase: os.RemoveAll, sizes: map[job.ID]int64{}}
 }
 
 // Collect does once what a hub in dir does all the time, for an operator: it may run or not. With dry, nothing is removed. It
@@ -90,7 +98,7 @@ func Collect(ctx context.Context, dir string, dry bool, log *slog.Logger) (_ []R
 			err = e
 		}
 	}()
-	c := &Collector{dir: dir, keep: conf.Retention, db: db, log: log, wall: time.Now}
+	c := newCollector(dir, conf.Retention, db, log, time.Now)
 	if dry {
 		return c.plan(ctx)
 	}
@@ -108,12 +116,13 @@ func (m *measures) removed(r Removal) {
 
 // collects removes in the background until ctx is done.
 func (h *Hub) collects(ctx context.Context) error {
-	c := &Collector{dir: h.dir, keep: h.conf.Retention, db: h.db, log: h.log, wall: h.wall, removed: func(r Removal) {
+	c := newCollector(h.dir, h.conf.Retention, h.db, h.log, h.wall)
+	c.removed = func(r Removal) {
 		h.measures.removed(r)
 		if r.Kind == GoneJob {
 			h.sched.touch(job.ID(r.ID))
 		}
-	}}
+	}
 	tick := time.NewTicker(collectEvery)
 	defer tick.Stop()
 	for {
@@ -167,6 +176,15 @@ type lying struct {
 	unpackedBytes    int64
 }
 
+// used notes a later use.
+func (l *lying) used(at time.Time) {
+	for _, t := range []*time.Time{&l.packed, &l.unpacked} {
+		if !t.IsZero() {
+			*t = latest(*t, at)
+		}
+	}
+}
+
 // plan gives what is due, in the order in which it is to go.
 func (c *Collector) plan(ctx context.Context) ([]Removal, error) {
 	now := c.wall()
@@ -177,14 +195,24 @@ func (c *Collector) plan(ctx context.Context) ([]Removal, error) {
 	var out []Removal
 	bytes := map[job.ID]int64{}
 	var total int64
+	sizes := map[job.ID]int64{}
 	for _, j := range jobs {
-		n, err := usage(filepath.Join(c.dir, "jobs", string(j.ID)))
-		if err != nil {
-			return nil, err
+		n, known := c.sizes[j.ID]
+		over := j.State.Terminal()
+		due := over && c.keep.Jobs > 0 && now.Sub(j.Ended) > c.keep.Jobs.Std()
+		if !known && (due || c.keep.Size > 0) { // all folders of years are not walked through for nothing
+			if n, err = c.usage(filepath.Join(c.dir, "jobs", string(j.ID))); err != nil {
+				return nil, err
+			}
+			known = over && now.Sub(j.Ended) > justUsed
+		}
+		if known {
+			sizes[j.ID] = n
 		}
 		bytes[j.ID] = n
 		total += n
 	}
+	c.sizes = sizes
 	bundles, uploads, err := c.bundles(now)
 	if err != nil {
 		return nil, err
@@ -202,7 +230,11 @@ func (c *Collector) plan(ctx context.Context) ([]Removal, error) {
 	// What can be made again goes as soon as no job that is not over uses it.
 	open := map[string]bool{}
 	for _, j := range jobs {
-		open[hexOf(j.Bundle)] = open[hexOf(j.Bundle)] || !j.State.Terminal()
+		hex := hexOf(j.Bundle)
+		open[hex] = open[hex] || !j.State.Terminal()
+		if b := bundles[hex]; b != nil && j.State.Terminal() { // it was in use until then
+			b.used(j.Ended)
+		}
 	}
 	for hex, b := range bundles {
 		if !b.unpacked.IsZero() && !open[hex] && now.Sub(b.unpacked) > justUsed {
@@ -222,7 +254,7 @@ func (c *Collector) plan(ctx context.Context) ([]Removal, error) {
 		}
 		dir := filepath.Join(c.dir, "jobs", string(j.ID), "logs")
 		if d := c.keep.Logs.Std(); d > 0 && now.Sub(j.Ended) > d && exists(dir) {
-			n, err := usage(dir)
+			n, err := c.usage(dir)
 			if err != nil {
 				return nil, err
 			}
@@ -307,7 +339,7 @@ func (c *Collector) bundles(now time.Time) (map[string]*lying, []Removal, error)
 		m := bundleForm.FindStringSubmatch(e.Name())
 		if upload := strings.HasPrefix(e.Name(), uploadPrefix); upload || m != nil && m[2] == ".partial" {
 			if now.Sub(info.ModTime()) > staleUpload {
-				n, err := usage(filepath.Join(dir, e.Name()))
+				n, err := c.usage(filepath.Join(dir, e.Name()))
 				if err != nil {
 					return nil, nil, err
 				}
@@ -323,7 +355,7 @@ func (c *Collector) bundles(now time.Time) (map[string]*lying, []Removal, error)
 			b = &lying{}
 			out[m[1]] = b
 		}
-		n, err := usage(filepath.Join(dir, e.Name()))
+		n, err := c.usage(filepath.Join(dir, e.Name()))
 		if err != nil {
 			return nil, nil, err
 		}
@@ -338,7 +370,6 @@ func (c *Collector) bundles(now time.Time) (map[string]*lying, []Removal, error)
 
 // remove takes one thing away, unless somebody needs it by now.
 func (c *Collector) remove(ctx context.Context, r Removal) (gone bool, err error) {
-	path := filepath.Join(c.dir, "bundles", hexOf(r.ID))
 	switch r.Kind {
 	case GoneJob:
 		err := removeJob(ctx, c.dir, c.db, job.ID(r.ID))
@@ -347,8 +378,9 @@ func (c *Collector) remove(ctx context.Context, r Removal) (gone bool, err error
 		}
 		return err == nil, err
 	case GoneLogs:
+		delete(c.sizes, job.ID(r.ID))
 		dir := filepath.Join(c.dir, "jobs", r.ID)
-		if err := away(filepath.Join(dir, "logs"), filepath.Join(dir, goneLogs)); err != nil {
+		if err := c.away(filepath.Join(dir, "logs"), filepath.Join(dir, goneLogs)); err != nil {
 			return false, err
 		}
 		e, err := job.NewEvent(job.ID(r.ID), "", job.KindNote, job.Text{Message: fmt.Sprintf("the job's logs (%s) were removed: %s", human.IBytes(uint64(r.Bytes)), r.Why)}, c.wall())
@@ -357,14 +389,40 @@ func (c *Collector) remove(ctx context.Context, r Removal) (gone bool, err error
 		}
 		return true, err
 	case GoneUpload:
-		return true, os.RemoveAll(filepath.Join(c.dir, "bundles", r.ID))
+		return true, c.erase(filepath.Join(c.dir, "bundles", r.ID))
 	}
+	hex := hexOf(r.ID)
+	names := []string{hex}
+	if r.Kind == GoneBundle {
+		names = append(names, hex+".tar.zst")
+	}
+	if err := c.eraseBundle(names); err != nil { // what a removal that was cut short has left
+		return false, err
+	}
+	if gone, err = c.setAside(ctx, r, names); err != nil {
+		return gone, err
+	}
+	return gone, c.eraseBundle(names)
+}
+
+// eraseBundle removes what was set aside.
+func (c *Collector) eraseBundle(names []string) error {
+	var errs []error
+	for _, n := range names {
+		errs = append(errs, c.erase(filepath.Join(c.dir, "bundles", gonePrefix+n)))
+	}
+	return errors.Join(errs...)
+}
+
+// setAside gives what there is of a bundle another name, unless somebody needs it. Nobody can submit a job meanwhile, so this takes no
+// longer than it has to.
+func (c *Collector) setAside(ctx context.Context, r Removal, names []string) (gone bool, err error) {
 	release, err := keyed.File(bundleLock(c.dir), false)
 	if err != nil {
 		return false, err
 	}
 	defer release()
-	// Under the lock nobody submits a job: what there is of them now is all that counts.
+	// What there is of jobs now is all that counts.
 	jobs, err := allJobs(ctx, c.db, r.ID)
 	if err != nil {
 		return false, err
@@ -374,20 +432,20 @@ func (c *Collector) remove(ctx context.Context, r Removal) (gone bool, err error
 			return false, nil
 		}
 	}
-	if r.Kind == GoneUnpacked {
-		return true, away(path, filepath.Join(c.dir, "bundles", gonePrefix+hexOf(r.ID)))
+	if r.Kind == GoneBundle {
+		if info, err := os.Stat(filepath.Join(c.dir, "bundles", hexOf(r.ID)+".tar.zst")); err == nil && c.wall().Sub(info.ModTime()) < justUsed {
+			return false, nil
+		}
+		// The hub forgets it first: files that nobody knows are found again, a bundle without files would be promised in vain.
+		if err := c.db.DeleteBundle(ctx, r.ID); err != nil {
+			return false, err
+		}
 	}
-	if info, err := os.Stat(path + ".tar.zst"); err == nil && c.wall().Sub(info.ModTime()) < justUsed {
-		return false, nil
+	var errs []error
+	for _, n := range names {
+		errs = append(errs, rename(filepath.Join(c.dir, "bundles", n), filepath.Join(c.dir, "bundles", gonePrefix+n)))
 	}
-	// The hub forgets it first: files that nobody knows are found again, a bundle without files would be promised in vain.
-	if err := c.db.DeleteBundle(ctx, r.ID); err != nil {
-		return false, err
-	}
-	return true, errors.Join(
-		away(path+".tar.zst", filepath.Join(c.dir, "bundles", gonePrefix+hexOf(r.ID)+".tar.zst")),
-		away(path, filepath.Join(c.dir, "bundles", gonePrefix+hexOf(r.ID))),
-	)
+	return true, errors.Join(errs...)
 }
 
 // What is to be removed has another name from the first moment on, so that nobody finds half of it. Whatever has such a name is
@@ -398,18 +456,23 @@ const (
 )
 
 // away removes what is at path, by another name. Nothing there is no error.
-func away(path, as string) error {
-	err := os.RemoveAll(as) // of a removal that was cut short
+func (c *Collector) away(path, as string) error {
+	err := c.erase(as) // of a removal that was cut short
 	if err == nil {
-		err = os.Rename(path, as)
-	}
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		err = rename(path, as)
 	}
 	if err != nil {
 		return err
 	}
-	return os.RemoveAll(as)
+	return c.erase(as)
+}
+
+// rename is os.Rename; nothing there is no error.
+func rename(path, as string) error {
+	if err := os.Rename(path, as); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // removeJob removes a job that is over, with all that is left of it. Its files go first, by another name: a hub that is killed
@@ -422,14 +485,35 @@ func removeJob(ctx context.Context, dir string, db store.Store, id job.ID) error
 	if !j.State.Terminal() {
 		return problem.New(problem.Usage, "end it first with: pergola abort "+string(id), "job %s is %s", id, j.State)
 	}
+	if err := noteUse(dir, j); err != nil {
+		return diskProblem(err)
+	}
 	from, as := filepath.Join(dir, "jobs", string(id)), filepath.Join(dir, "jobs", gonePrefix+string(id))
-	if err := os.Rename(from, as); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := rename(from, as); err != nil {
 		return diskProblem(err)
 	}
 	if err := db.DeleteJob(ctx, id); err != nil {
 		return err
 	}
 	return os.RemoveAll(as)
+}
+
+// noteUse has a job's bundle know that it was in use until the job's end, of which nothing tells once the job is gone.
+func noteUse(dir string, j job.Job) error {
+	release, err := keyed.File(bundleLock(dir), false) // who submits a job of it notes that use
+	if err != nil {
+		return err
+	}
+	defer release()
+	path := filepath.Join(dir, "bundles", hexOf(j.Bundle)+".tar.zst")
+	info, err := os.Stat(path)
+	if err == nil && info.ModTime().Before(j.Ended) {
+		err = os.Chtimes(path, j.Ended, j.Ended)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // finishRemovals goes on with what was cut short.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/problem"
@@ -44,7 +45,7 @@ func newArchive(t *testing.T, keep Retention) *archive {
 		}
 	})
 	a := &archive{T: t, now: time.Date(2026, 11, 27, 12, 0, 0, 0, time.UTC)}
-	a.c = &Collector{dir: dir, keep: keep, db: db, log: slog.New(slog.DiscardHandler), wall: func() time.Time { return a.now }}
+	a.c = newCollector(dir, keep, db, slog.New(slog.DiscardHandler), func() time.Time { return a.now })
 	return a
 }
 
@@ -318,5 +319,99 @@ func TestRemovingABundleReadsItsJobs(t *testing.T) {
 	}
 	if d := cmp.Diff([]string{"other"}, a.left()); d != "" {
 		t.Errorf("left (-want +got):\n%s", d)
+	}
+}
+
+// While files are deleted, which may take long, jobs can be submitted.
+func TestSubmissionsDoNotWaitForDeleting(t *testing.T) {
+	a := newArchive(t, Retention{Bundles: days(7)})
+	a.bundle(1, 8*day)
+	a.bundle(2, 8*day)
+	a.job("living", 2, -1)
+	var erased []string
+	a.c.erase = func(path string) error {
+		f, err := os.OpenFile(bundleLock(a.c.dir), os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			return err
+		}
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); err != nil {
+			t.Errorf("while %s is deleted, who submits a job has to wait: %v", path, err)
+		}
+		if exists(path) {
+			erased = append(erased, strings.TrimLeft(strings.TrimPrefix(filepath.Base(path), gonePrefix), "0"))
+		}
+		return errors.Join(f.Close(), os.RemoveAll(path))
+	}
+	a.collect()
+	slices.Sort(erased)
+	if d := cmp.Diff([]string{"1", "1.tar.zst"}, erased); d != "" {
+		t.Errorf("deleted (-want +got):\n%s", d)
+	}
+	if d := cmp.Diff([]string{"2", "2.tar.zst", "living"}, a.left()); d != "" {
+		t.Errorf("left (-want +got):\n%s", d)
+	}
+}
+
+// The folders of jobs are walked through when a limit asks for their sizes or they go, and those of jobs that are over once.
+func TestWhatIsWalkedThrough(t *testing.T) {
+	a := newArchive(t, Retention{Jobs: days(90)})
+	a.bundle(1, day)
+	a.job("old", 1, 91*day)
+	a.job("new", 1, day)
+	a.job("newest", 1, time.Minute)
+	a.job("living", 1, -1)
+	names := func() (out []string) {
+		js, err := allJobs(t.Context(), a.c.db, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		of := map[string]string{}
+		for _, j := range js {
+			of[string(j.ID)] = j.Name
+		}
+		a.c.usage = func(path string) (int64, error) {
+			if n := of[filepath.Base(path)]; n != "" {
+				out = append(out, n)
+			}
+			return usage(path)
+		}
+		a.collect()
+		return out
+	}
+	for _, c := range []struct {
+		limit job.Size
+		want  []string
+	}{{0, []string{"old"}}, {0, nil}, {1 << 40, []string{"new", "newest", "living"}}, {1 << 40, []string{"newest", "living"}}} {
+		a.c.keep.Size = c.limit
+		got := names()
+		slices.Sort(c.want)
+		slices.Sort(got)
+		if !slices.Equal(got, c.want) {
+			t.Errorf("with a limit of %d these are walked through: %v, want %v", c.limit, got, c.want)
+		}
+	}
+}
+
+// A bundle was in use until the end of the last job of it, also once that job was removed.
+func TestLastUseOfABundle(t *testing.T) {
+	a := newArchive(t, Retention{Bundles: days(7)})
+	a.bundle(1, 30*day) // a job of three weeks
+	a.bundle(2, 30*day)
+	a.bundle(3, 30*day) // of a job that ended half an hour ago
+	long, short := a.job("long", 1, 6*day), a.job("short", 2, 29*day)
+	a.job("last", 3, 30*time.Minute)
+	for _, id := range []job.ID{long, short} {
+		if err := removeJob(t.Context(), a.c.dir, a.c.db, id); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.collect()
+	if d := cmp.Diff([]string{"1.tar.zst", "3", "3.tar.zst", "last"}, a.left()); d != "" {
+		t.Errorf("left (-want +got):\n%s", d)
+	}
+	a.now = a.now.Add(day + time.Minute)
+	a.collect()
+	if d := cmp.Diff([]string{"3.tar.zst", "last"}, a.left()); d != "" {
+		t.Errorf("a day later (-want +got):\n%s", d)
 	}
 }
