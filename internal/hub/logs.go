@@ -55,8 +55,17 @@ func (s siteService) PushLogs(ctx context.Context, req *pb.PushLogsRequest) (*pb
 // takeLog adds a piece to the hub's copy of a log.
 func (h *Hub) takeLog(ctx context.Context, j job.Job, party string, c *pb.LogChunk) error {
 	d := logs.Dir{Path: h.logDir(j.ID, party), Quota: h.logQuota(j).Bytes()}
+	fresh := !exists(d.Path)
 	if err := os.MkdirAll(d.Path, 0o700); err != nil {
 		return err
+	}
+	if fresh {
+		// A job that was removed since it was looked up has a folder again by this. Whoever removes it later removes that, too.
+		if _, err := h.db.Job(ctx, j.ID); problem.CodeOf(err) == problem.NotFound {
+			return errors.Join(err, os.RemoveAll(h.jobDir(j.ID)))
+		} else if err != nil {
+			return err
+		}
 	}
 	var said []string // what is new, told when the folder is free again
 	d.OnGap = func(name string, g logs.Gap, first bool) {

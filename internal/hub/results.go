@@ -68,7 +68,11 @@ func (s jobService) DeleteJob(ctx context.Context, req *pb.DeleteJobRequest) (*p
 		return nil, err
 	}
 	defer s.sched.touch(j.ID)
-	return &pb.DeleteJobResponse{}, removeJob(ctx, s.dir, s.db, j.ID)
+	err = removeJob(ctx, s.dir, s.db, j.ID)
+	if problem.CodeOf(err) == problem.NotFound { // the collector was quicker
+		err = nil
+	}
+	return &pb.DeleteJobResponse{}, err
 }
 
 // ListResults implements the API.

@@ -495,7 +495,7 @@ func removeJob(ctx context.Context, dir string, db store.Store, id job.ID) error
 	if err := db.DeleteJob(ctx, id); err != nil {
 		return err
 	}
-	return os.RemoveAll(as)
+	return errors.Join(os.RemoveAll(as), os.RemoveAll(from)) // a site may have brought log lines between
 }
 
 // noteUse has a job's bundle know that it was in use until the job's end, of which nothing tells once the job is gone.

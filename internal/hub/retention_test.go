@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 
+	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/store"
@@ -413,5 +414,72 @@ func TestLastUseOfABundle(t *testing.T) {
 	a.collect()
 	if d := cmp.Diff([]string{"3.tar.zst", "last"}, a.left()); d != "" {
 		t.Errorf("a day later (-want +got):\n%s", d)
+	}
+}
+
+// quicker is a store in which something else happens just before a job is deleted.
+type quicker struct {
+	store.Store
+	before func(job.ID)
+}
+
+func (q *quicker) DeleteJob(ctx context.Context, id job.ID) error {
+	q.before(id)
+	return q.Store.DeleteJob(ctx, id)
+}
+
+// Log lines of a site that come while its job is removed, or later, leave nothing behind.
+func TestLateLogLinesOfARemovedJob(t *testing.T) {
+	a := newArchive(t, Retention{})
+	h := &Hub{dir: a.c.dir, db: a.c.db, log: a.c.log}
+	push := func(j job.Job) error {
+		return h.takeLog(t.Context(), j, "a", &pb.LogChunk{JobId: string(j.ID), File: "client_app_log.txt", Data: []byte("late\n")})
+	}
+	j, err := a.c.db.Job(t.Context(), a.job("over", 1, day))
+	if err != nil {
+		t.Fatal(err)
+	}
+	between := &quicker{Store: a.c.db, before: func(job.ID) {
+		if err := push(j); err != nil {
+			t.Error(err)
+		}
+	}}
+	if err := removeJob(t.Context(), a.c.dir, between, j.ID); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]string(nil), a.left()); d != "" {
+		t.Errorf("left by lines that came between (-want +got):\n%s", d)
+	}
+	if err := push(j); problem.CodeOf(err) != problem.NotFound {
+		t.Errorf("lines of a job that is gone: %v", err)
+	}
+	if d := cmp.Diff([]string(nil), a.left()); d != "" {
+		t.Errorf("left by lines that came later (-want +got):\n%s", d)
+	}
+}
+
+// Who has a job removed that the collector removes in the same moment has what they want.
+func TestRemovingWhatTheCollectorRemoves(t *testing.T) {
+	now := time.Now()
+	id := job.NewID(now)
+	s := serveWith(t, Config{}, func(h *Hub) {
+		if _, err := h.db.CreateJob(t.Context(), job.Job{ID: id, Name: "app", Spec: job.Spec{Sites: []string{"a"}}.WithDefaults(), Created: now}, []string{"a"}); err != nil {
+			t.Fatal(err)
+		}
+		if err := h.db.Move(t.Context(), id, job.Aborted, problem.New(problem.AbortedByUser, "", "enough"), "", now); err != nil {
+			t.Fatal(err)
+		}
+		db := h.db
+		h.db = &quicker{Store: db, before: func(id job.ID) {
+			if err := db.DeleteJob(context.Background(), id); err != nil {
+				t.Error(err)
+			}
+		}}
+	})
+	if _, err := s.as(user).Jobs.DeleteJob(t.Context(), &pb.DeleteJobRequest{Id: string(id)}); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.as(user).Jobs.DeleteJob(t.Context(), &pb.DeleteJobRequest{Id: string(id)}); problem.CodeOf(err) != problem.NotFound {
+		t.Errorf("a job that was gone before: %v", err)
 	}
 }
