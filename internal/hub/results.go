@@ -50,10 +50,17 @@ func (s jobService) ResubmitJob(ctx context.Context, req *pb.ResubmitJobRequest)
 	if err := s.feasible(ctx, old.Spec); err != nil {
 		return nil, err
 	}
+	spec := old.Spec
+	if spec.EngineAuto { // which the job before may have fallen back from
+		spec.Engine = job.EngineAuto
+		if err := spec.ChooseEngine(spec.FlwrVersion); err != nil {
+			return nil, err
+		}
+	}
 	now := time.Now()
 	j, err := s.db.CreateJob(ctx, job.Job{
-		ID: job.NewID(now), Name: old.Name, Key: req.GetKey(), Submitter: who.Name, Bundle: old.Bundle, Spec: old.Spec, Created: now,
-	}, old.Spec.Sites)
+		ID: job.NewID(now), Name: old.Name, Key: req.GetKey(), Submitter: who.Name, Bundle: old.Bundle, Spec: spec, Created: now,
+	}, spec.Sites)
 	if err != nil {
 		return nil, err
 	}

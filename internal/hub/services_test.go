@@ -528,6 +528,42 @@ func TestSitesAndSubmissions(t *testing.T) {
 	_ = w.Close()
 }
 
+// What is submitted again has the engine that was asked for, not the one that a job before had to make do with.
+func TestResubmittedEngine(t *testing.T) {
+	s := serve(t)
+	c := s.as(user)
+	digest := s.upload(c)
+	for _, asked := range []string{job.EngineAuto, job.EngineFlower} {
+		spec := job.Spec{Sites: []string{"a"}, Engine: asked, FlwrVersion: "1.30.0"}
+		if err := spec.ChooseEngine(spec.FlwrVersion); err != nil {
+			t.Fatal(err)
+		}
+		b, err := json.Marshal(spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, err := c.Jobs.SubmitJob(t.Context(), &pb.SubmitJobRequest{Name: "app", BundleDigest: digest, SpecJson: string(b)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		id := job.ID(res.GetJob().GetId())
+		if err := s.hub.db.SetEngine(t.Context(), id, job.EngineChoice{Engine: job.EngineFlower, Why: "not here"}, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		again, err := c.Jobs.ResubmitJob(t.Context(), &pb.ResubmitJobRequest{Id: string(id)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		j, err := s.hub.db.Job(t.Context(), job.ID(again.GetJob().GetId()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if j.Spec.Engine != spec.Engine || j.Spec.EngineAuto != spec.EngineAuto || j.Spec.EngineWhy != spec.EngineWhy {
+			t.Errorf("asked for %s: it has %s (%v, %q), want %s (%v, %q)", asked, j.Spec.Engine, j.Spec.EngineAuto, j.Spec.EngineWhy, spec.Engine, spec.EngineAuto, spec.EngineWhy)
+		}
+	}
+}
+
 // A site that was taken out of hub.toml reads no bundle any more, though it has a part in a job of it.
 func TestBundlesAndAFormerSite(t *testing.T) {
 	digest := "sha256:" + strings.Repeat("0", 64)
