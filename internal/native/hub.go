@@ -43,6 +43,7 @@ type Hub struct {
 	run   uint64
 	files memFiles
 	same  func(a, b *os.File, size int64) bool // tests look at how it is called
+	room  *room                                // for the messages to all sites
 
 	mu      sync.Mutex // guards the rest
 	server  *outbox    // to the ServerApp's process; nil before the start and after the end
@@ -87,7 +88,7 @@ func NewHub(opt HubOptions) *Hub {
 		opt.Log = slog.New(slog.DiscardHandler)
 	}
 	return &Hub{
-		opt: opt, run: randomID(), same: same, nodes: map[uint64]*Member{}, changed: make(chan struct{}),
+		opt: opt, run: randomID(), same: same, room: newRoom(messagesRoom), nodes: map[uint64]*Member{}, changed: make(chan struct{}),
 		pending: map[string]*pending{}, packs: map[string]*outPack{}, replies: map[string]*os.File{}, batches: newBatches(opt.OnBatch),
 	}
 }
@@ -120,7 +121,7 @@ type Result struct {
 func (h *Hub) Run(ctx context.Context, p *Peer, app StartApp) (Result, error) {
 	c := p.conn
 	defer context.AfterFunc(ctx, c.close)()
-	out := newOutbox()
+	out := newOutbox(newRoom(repliesRoom))
 	pushing, stop := context.WithCancel(ctx)
 	var writer sync.WaitGroup
 	writer.Go(func() {
@@ -128,7 +129,17 @@ func (h *Hub) Run(ctx context.Context, p *Peer, app StartApp) (Result, error) {
 			c.close() // the reader below is to notice
 		}
 	})
+	// Until when its messages can be made to wait. What it has left in the socket at its end is little.
+	there, gone := context.WithCancel(ctx)
+	writer.Go(func() {
+		defer gone()
+		select {
+		case <-p.Done:
+		case <-there.Done():
+		}
+	})
 	defer writer.Wait()
+	defer gone()
 	defer stop()
 	h.mu.Lock()
 	// Within the lock, so that no change of the nodes comes before it.
@@ -144,7 +155,9 @@ func (h *Hub) Run(ctx context.Context, p *Peer, app StartApp) (Result, error) {
 		}
 		switch f.T {
 		case tMsg:
-			err = h.message(&f)
+			// Messages alone wait, and not what makes room: the ServerApp's process takes replies whatever it sends meanwhile, so that
+			// sites can answer, and take more.
+			err = h.message(&f, h.room.take(there, &f))
 		case tFree:
 			h.mu.Lock()
 			file := h.replies[f.Pack]
@@ -224,8 +237,9 @@ func (h *Hub) Sites() int {
 	return len(h.members)
 }
 
-// message takes a message of the ServerApp.
-func (h *Hub) message(f *frame) error {
+// message takes a message of the ServerApp, for which room was taken.
+func (h *Hub) message(f *frame, took int) error {
+	defer func() { h.room.give(took) }() // what of it is not passed on
 	var pack *outPack
 	if f.Pack != "" {
 		var err error
@@ -256,7 +270,8 @@ func (h *Hub) message(f *frame) error {
 	h.pending[f.ID] = p
 	// From here on time counts by this machine's monotonic clock: the clocks of several have no part in it.
 	p.expiry = time.AfterFunc(seconds(f.TTL), func() { h.lost(nil, f.ID, CodeExpired, "") })
-	to.out.put(msg)
+	to.out.putTaken(msg, took)
+	took = 0
 	h.opt.progress("a message went to " + to.site)
 	return nil
 }
@@ -500,7 +515,7 @@ type Member struct {
 	ctx      context.Context //nolint:containedctx // that of the link, which this is
 	end      context.CancelCauseFunc
 	wg       sync.WaitGroup
-	out      *outbox // to the control stream: a slow site holds up nobody else
+	out      *outbox // to the control stream: a slow site holds up nobody else while there is room for what waits
 
 	// The hub's lock guards the rest.
 	nodes []uint64
@@ -510,7 +525,7 @@ type Member struct {
 // Join makes a Member of a site's link. Call Leave at its end.
 func (h *Hub) Join(ctx context.Context, site string, open OpenFunc) *Member {
 	ctx, end := context.WithCancelCause(ctx)
-	return &Member{hub: h, site: site, open: open, arrivals: newArrivals(&h.files), ctx: ctx, end: end, out: newOutbox()}
+	return &Member{hub: h, site: site, open: open, arrivals: newArrivals(&h.files), ctx: ctx, end: end, out: newOutbox(h.room)}
 }
 
 var errLeft = errors.New("the site's link has ended")
@@ -541,6 +556,7 @@ func (m *Member) leave(err error) {
 	for _, n := range m.nodes {
 		delete(h.nodes, n)
 	}
+	m.out.close()
 	h.members = slices.DeleteFunc(h.members, func(o *Member) bool { return o == m })
 	for _, p := range h.packs {
 		delete(p.had, m)

@@ -923,8 +923,9 @@ func TestMemoryOfLargePacks(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	fd := int(file.Fd()) // workers are other goroutines
 	back := func(_ *conn, f *frame, _ map[string]string) (*frame, bool) {
-		dup, err := unix.Dup(int(file.Fd()))
+		dup, err := unix.Dup(fd)
 		if err != nil {
 			return nil, false
 		}
@@ -965,7 +966,7 @@ func TestModelThatDoesNotCome(t *testing.T) {
 	s := NewSite(SiteOptions{Name: "a", Clients: 1, Workers: 1})
 	defer s.arrivals.close()
 	s.nodes[1] = &node{id: 1}
-	if err := s.message(t.Context(), frame{head: head{T: tMsg, ID: "m", Node: 1, TTL: 100, Pack: "h.1", Lens: []int64{10}}}); err != nil {
+	if err := s.message(t.Context(), frame{head: head{T: tMsg, ID: "m", Node: 1, TTL: 100, Pack: "h.1", Lens: []int64{10}}}, 0); err != nil {
 		t.Fatal(err)
 	}
 	b := encoded(t, frame{head: head{T: tPack, Name: "h.1", Size: 10}})

@@ -69,6 +69,7 @@ type Site struct {
 	link     *conn
 	welcomed chan struct{} // closed when run and nodes are known
 	run      uint64
+	room     *room         // for the messages that are not done
 	limit    chan struct{} // as many tokens as messages may be worked on at a time
 	spare    func()        // starts one slot more, once: its worker is started ahead where each serves one message
 	packs    sync.WaitGroup
@@ -109,6 +110,7 @@ type statePack struct {
 type task struct {
 	frame
 	node *node
+	took int       // of the room
 	due  time.Time // when its time is over
 	here bool      // its pack has come
 	file *os.File  // the pack's
@@ -121,7 +123,7 @@ func NewSite(opt SiteOptions) *Site {
 	}
 	s := &Site{
 		opt: opt, prefix: rand.Text()[:8], welcomed: make(chan struct{}), broken: make(chan error, 1), isolate: opt.Isolation,
-		limit: make(chan struct{}, opt.Workers), nodes: map[uint64]*node{}, work: make(chan struct{}), refs: map[string]int{}, forgot: map[string]bool{},
+		room: newRoom(messagesRoom), limit: make(chan struct{}, opt.Workers), nodes: map[uint64]*node{}, work: make(chan struct{}), refs: map[string]int{}, forgot: map[string]bool{},
 	}
 	s.arrivals = newArrivals(&s.files)
 	return s
@@ -200,7 +202,7 @@ func (s *Site) control(ctx context.Context) error {
 		}
 		switch f.T {
 		case tMsg:
-			err = s.message(ctx, f)
+			err = s.message(ctx, f, s.room.take(ctx, &f))
 		case tForgot:
 			s.mu.Lock()
 			s.forgot[f.Pack] = true
@@ -238,15 +240,15 @@ func (s *Site) welcome(c *conn) error {
 	return nil
 }
 
-// message queues a message of the hub for its node.
-func (s *Site) message(ctx context.Context, f frame) error {
+// message queues a message of the hub, for which room was taken, for its node.
+func (s *Site) message(ctx context.Context, f frame, took int) error {
 	s.mu.Lock()
 	n := s.nodes[f.Node]
 	if n == nil {
 		s.mu.Unlock()
 		return errFrame("a message for the node %d, which is not here", f.Node)
 	}
-	t := &task{frame: f, node: n, due: time.Now().Add(seconds(f.TTL)), here: f.Pack == ""}
+	t := &task{frame: f, node: n, took: took, due: time.Now().Add(seconds(f.TTL)), here: f.Pack == ""}
 	n.queue = append(n.queue, t)
 	if t.here {
 		s.listLocked(n)
@@ -323,6 +325,7 @@ func (s *Site) doneLocked(t *task) {
 		s.releaseLocked(t.Pack)
 	}
 	t.proto = nil
+	s.room.give(t.took)
 	s.listLocked(t.node)
 }
 
@@ -483,7 +486,7 @@ func (s *Site) hire(ctx context.Context, slot int) (*worker, error) {
 	}
 	living, end := context.WithCancel(context.WithoutCancel(ctx))
 	w := &worker{
-		Peer: peer, isolation: s.isolation(), out: newOutbox(), frames: make(chan frame), gone: make(chan struct{}), ended: end,
+		Peer: peer, isolation: s.isolation(), out: newOutbox(nil), frames: make(chan frame), gone: make(chan struct{}), ended: end,
 		has: map[string]bool{}, sent: make(chan struct{}, 1),
 	}
 	w.wg.Go(func() { w.read(living) })

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable
+from queue import SimpleQueue
 from typing import Any
 
 from .codec import Codec
@@ -28,6 +29,8 @@ class Exchange:
         self._link = link
         self._run_id = run_id
         self._sending = threading.Lock()  # a pack's descriptor goes out before its name does alone
+        self._read: SimpleQueue[str | None] = SimpleQueue()  # packs of replies that may go; None: no more will
+        self._freeing: threading.Thread | None = None
         self._changed = threading.Condition()  # guards the rest
         self._nodes = list(nodes)
         self._ever = set(nodes)
@@ -147,6 +150,7 @@ class Exchange:
             self._end(e)
 
     def _end(self, why: BaseException) -> None:
+        self._read.put(None)
         with self._changed:
             self._gone = why
             self._changed.notify_all()
@@ -180,7 +184,7 @@ class Exchange:
                 blobs = read(frame.fds[0], lens)
             finally:
                 frame.close()
-            self._link.send(Frame({"t": "free", "pack": head["pack"]}))
+            self._free(head["pack"])
 
         def make(meta: Any) -> Any:
             try:
@@ -195,6 +199,23 @@ class Exchange:
             return reply
 
         self._settle(head["id"], make)
+
+    def _free(self, pack: str) -> None:
+        """Say that a pack was read, on a thread of its own.
+
+        The runner may have the app's messages wait until sites have answered others. Who takes the answers must not wait for it in turn.
+        """
+        self._read.put(pack)
+        if self._freeing is None:
+            self._freeing = threading.Thread(target=self._say_free, name="pergola-free", daemon=True)
+            self._freeing.start()
+
+    def _say_free(self) -> None:
+        while (pack := self._read.get()) is not None:
+            try:
+                self._link.send(Frame({"t": "free", "pack": pack}))
+            except OSError:
+                return  # nobody is there to be told; the receiver hears of it too
 
     def _lost(self, meta: Any, code: int) -> Any:
         if self.gen.answers_unknown_ids and self.gen.lost(code)[0] == EXPIRED:

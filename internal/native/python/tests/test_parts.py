@@ -6,6 +6,8 @@ import ctypes
 import json
 import os
 import random
+import select
+import socket
 import subprocess
 import sys
 import threading
@@ -16,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from _pergola_native import forking, generations, grid, randomness
+from _pergola_native import forking, generations, grid, packs, randomness
 from _pergola_native.client import Worker
-from _pergola_native.frames import Frame
+from _pergola_native.frames import Frame, Link
 from _pergola_native.generations import CRASHED, EXPIRED, NO_REPLY, NODE_GONE, Generation
 from _pergola_native.readings import numbers, round_of
 
@@ -110,6 +112,35 @@ def test_what_cannot_be_taken_in_ends_the_wait(gen: Generation) -> None:
 
 
 @pytest.mark.once
+def test_replies_are_taken_while_the_runner_has_messages_wait(gen: Generation) -> None:
+    """Two ends that both wait for the other to read would do so for ever."""
+    ours, theirs = socket.socketpair()
+    link, runner = Link(ours), Link(theirs)
+    e = grid.Exchange(gen, link, 7, [99])
+    writing = threading.Thread(target=lambda: link.send(Frame({"t": "msg", "id": "m"}, bytes(64 << 20))), daemon=True)
+    writing.start()
+    select.select([theirs], [], [])  # it has begun, and goes on only when this is read
+    reading = threading.Thread(target=e.receive, daemon=True)
+    reading.start()
+    for i in range(3):
+        fd = packs.new_file("test")
+        packs.write(fd, [b"abc"])
+        runner.send(Frame({"t": "reply", "id": f"unknown.{i}", "pack": f"r.{i}", "lens": [3], "fds": [f"r.{i}"]}, b"", b"", [fd]))
+        os.close(fd)
+    runner.send(Frame({"t": "nodes", "nodes": [1, 2]}))
+    with e._changed:
+        assert e._changed.wait_for(lambda: e._nodes == [1, 2], 60)
+    assert writing.is_alive()
+    assert runner.receive().kind == "msg"
+    assert [runner.receive().head["pack"] for _ in range(3)] == ["r.0", "r.1", "r.2"]
+    writing.join()
+    theirs.close()
+    runner.close()
+    reading.join()
+    assert e._freeing is not None
+    e._freeing.join()
+
+
 def test_waiting_for_many_costs_the_same_for_each(gen: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
     class Counted(dict[str, Any]):
         looks = 0
