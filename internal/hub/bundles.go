@@ -5,11 +5,13 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	human "github.com/dustin/go-humanize"
@@ -18,6 +20,7 @@ import (
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
 	"github.com/pergolafl/pergola/internal/bundle"
+	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/keyed"
 	"github.com/pergolafl/pergola/internal/pki"
 	"github.com/pergolafl/pergola/internal/problem"
@@ -101,13 +104,88 @@ func (s bundleService) upload(ctx context.Context, digest string) (path string, 
 	if err := checkDigest(digest); err != nil {
 		return "", nil, err
 	}
-	user := sha256.Sum256([]byte(who.Name))
-	path = filepath.Join(s.dir, "bundles", uploadPrefix+hexOf(digest)+"-"+hex.EncodeToString(user[:8]))
+	path = filepath.Join(s.dir, "bundles", uploadPrefix+hexOf(digest)+uploadsOf(who.Name))
 	unlock, err = s.locks.Lock(ctx, path)
 	return path, unlock, err
 }
 
 const uploadPrefix = ".upload-"
+
+// uploadsOf is how the names of a user's uploads end.
+func uploadsOf(user string) string {
+	sum := sha256.Sum256([]byte(user))
+	return "-" + hex.EncodeToString(sum[:8])
+}
+
+// What of a user's may lie at the hub that is not whole yet. One to which nothing was added for justUsed gives way to new ones.
+const (
+	maxUploads     = 16
+	maxUploadBytes = 4 * maxPacked
+	uploadStep     = 64 << 20 // an upload's first byte, and each that many on, is taken if there is room
+)
+
+// makeRoom refuses an upload of the caller's that is to have so many bytes, if there would be too much with what else they have begun.
+// Nobody begins another one of theirs until what it gives is called.
+func (s bundleService) makeRoom(ctx context.Context, digest string, bytes int64) (_ func(), err error) {
+	who, err := caller(ctx, pki.KindUser)
+	if err != nil {
+		return nil, err
+	}
+	dir, mine := filepath.Join(s.dir, "bundles"), uploadsOf(who.Name)
+	unlock, err := s.locks.Lock(ctx, filepath.Join(dir, uploadPrefix+mine))
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			unlock()
+		}
+	}()
+	es, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	var others []fs.FileInfo
+	for _, e := range es {
+		if !strings.HasPrefix(e.Name(), uploadPrefix) || !strings.HasSuffix(e.Name(), mine) || e.Name() == uploadPrefix+hexOf(digest)+mine {
+			continue
+		}
+		info, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it is finished
+		}
+		if err != nil {
+			return nil, err
+		}
+		others = append(others, info)
+		bytes += info.Size()
+	}
+	slices.SortFunc(others, func(a, b fs.FileInfo) int { return a.ModTime().Compare(b.ModTime()) })
+	for ; len(others) >= maxUploads || bytes > maxUploadBytes; others = others[1:] {
+		if len(others) == 0 || time.Since(others[0].ModTime()) < justUsed {
+			return nil, problem.New(problem.Denied, fmt.Sprintf("wait until they are finished; one to which nothing is added for %s gives way", job.Duration(justUsed)),
+				"the unfinished uploads of %s at the hub may be %d, and have %s together", who, maxUploads, human.IBytes(maxUploadBytes))
+		}
+		if err := s.dropUpload(ctx, filepath.Join(dir, others[0].Name())); err != nil {
+			return nil, err
+		}
+		bytes -= others[0].Size()
+	}
+	return unlock, nil
+}
+
+// dropUpload removes an upload that nobody goes on with.
+func (s bundleService) dropUpload(ctx context.Context, path string) error {
+	unlock, err := s.locks.Lock(ctx, path)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
+}
 
 // FindUpload implements the API.
 func (s bundleService) FindUpload(ctx context.Context, req *pb.FindUploadRequest) (*pb.FindUploadResponse, error) {
@@ -144,16 +222,31 @@ func (r ctxReader) Read(p []byte) (int, error) {
 
 // UploadBundle implements the API. What it answers is on disk.
 func (s bundleService) UploadBundle(ctx context.Context, req *pb.UploadBundleRequest) (_ *pb.UploadBundleResponse, err error) {
+	at, data := req.GetOffset(), req.GetData()
+	end := at + int64(len(data))
+	if at < 0 || end > maxPacked {
+		return nil, problem.New(problem.BundleInvalid, "leave data out of the app's directory, with exclude of [tool.pergola]", "a packed bundle may have %s at most", human.IBytes(maxPacked))
+	}
+	if at == 0 || at/uploadStep != end/uploadStep {
+		unlock, err := s.makeRoom(ctx, req.GetDigest(), end)
+		if err != nil {
+			return nil, err
+		}
+		defer unlock()
+	}
 	path, unlock, err := s.upload(ctx, req.GetDigest())
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
-	at, data := req.GetOffset(), req.GetData()
-	if at < 0 || at+int64(len(data)) > maxPacked {
-		return nil, problem.New(problem.BundleInvalid, "leave data out of the app's directory, with exclude of [tool.pergola]", "a packed bundle may have %s at most", human.IBytes(maxPacked))
+	flags := os.O_RDWR
+	if at == 0 {
+		flags |= os.O_CREATE
 	}
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(path, flags, 0o600)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, problem.New(problem.Exists, "ask for the offset again", "the hub has nothing of the upload, and cannot go on at %d", at)
+	}
 	if err != nil {
 		return nil, diskProblem(err)
 	}
@@ -179,7 +272,7 @@ func (s bundleService) UploadBundle(ctx context.Context, req *pb.UploadBundleReq
 		if _, err := f.WriteAt(data[skip:], have); err != nil {
 			return nil, diskProblem(errors.Join(err, f.Truncate(have)))
 		}
-		have = at + int64(len(data))
+		have = end
 	}
 	if err := f.Sync(); err != nil {
 		return nil, diskProblem(err)

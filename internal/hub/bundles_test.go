@@ -6,7 +6,9 @@ import (
 	"encoding/hex"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
@@ -134,4 +136,62 @@ func TestUploads(t *testing.T) {
 	if res, err := c.Bundles.HasBundle(t.Context(), &pb.HasBundleRequest{Digest: b.Digest}); err != nil || res.GetPresent() {
 		t.Errorf("a bundle without its file: %v, %v", res, err)
 	}
+}
+
+// What a user has begun to upload and not finished has limits; what nobody goes on with gives way.
+func TestUnfinishedUploads(t *testing.T) {
+	s := serve(t)
+	ann, bob := s.as(user), s.as(pki.Identity{Kind: pki.KindUser, Name: "bob"})
+	upload := func(c *api.Client, n int, at int64) error {
+		_, err := c.Bundles.UploadBundle(t.Context(), &pb.UploadBundleRequest{Digest: digestOf(n), Offset: at, Data: []byte("some")})
+		return err
+	}
+	files := func(n int) []string {
+		out, err := filepath.Glob(filepath.Join(s.dir, "bundles", uploadPrefix+hexOf(digestOf(n))+"-*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	refused := func(what string, err error) {
+		t.Helper()
+		if problem.CodeOf(err) != problem.Denied || !strings.Contains(err.Error(), "user ann at the hub may be 16, and have 16 GiB") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := upload(ann, 1, 4); problem.CodeOf(err) != problem.Exists || len(files(1)) > 0 {
+		t.Errorf("an upload that nobody has begun goes on: %v, %v", err, files(1))
+	}
+	for n := range maxUploads {
+		if err := upload(ann, n, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused("one more", upload(ann, 100, 0))
+	if len(files(100)) > 0 {
+		t.Error("it has a file")
+	}
+	for what, err := range map[string]error{"one that goes on": upload(ann, 3, 4), "one that begins anew": upload(ann, 4, 0), "another user": upload(bob, 100, 0)} {
+		if err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	long := time.Now().Add(-justUsed - time.Minute)
+	if err := os.Chtimes(files(5)[0], long, long); err != nil {
+		t.Fatal(err)
+	}
+	if err := upload(ann, 101, 0); err != nil || len(files(5)) > 0 {
+		t.Errorf("where one is given up: %v, %v", err, files(5))
+	}
+	if err := os.Remove(files(6)[0]); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(files(7)[0], maxUploadBytes-2); err != nil { // it has holes
+		t.Fatal(err)
+	}
+	refused("too many bytes", upload(ann, 102, 0))
+	if err := os.Truncate(files(8)[0], uploadStep-2); err != nil {
+		t.Fatal(err)
+	}
+	refused("too many bytes of one that has begun", upload(ann, 8, uploadStep-2))
 }
