@@ -92,6 +92,48 @@ func TestNative(t *testing.T) {
 	}
 }
 
+// A client whose memory does not suffice is an error to the strategy and an event of the job, in whatever process it was, and the next round
+// has a worker as the first had.
+func TestNativeOutOfMemory(t *testing.T) {
+	t.Parallel()
+	for _, isolation := range []string{"warm", "fork", "process"} {
+		t.Run(isolation, func(t *testing.T) {
+			t.Parallel()
+			r := start(t, spec{app: "faulty", args: []string{
+				"--flwr", newest, "--engine", "native", "--isolation", isolation, "--run-config", `fault="memory"`, "--run-config", "num-server-rounds=3",
+			}})
+			res := r.end()
+			if res.Code != 0 || res.Summary.Engine != job.EngineNative || len(res.Summary.Rounds) != 3 {
+				t.Fatalf("exit %d, %s, engine %s, %d rounds", res.Code, causeText(res.Summary), res.Summary.Engine, len(res.Summary.Rounds))
+			}
+			for round, errors := range []int{1, 1, 0} {
+				for site, want := range map[string]int{"site-1": errors, "site-2": 0} {
+					if m := clientMetrics(t, res, round+1, "train")[site]; m.Replies != 1 || m.Errors != want {
+						t.Errorf("round %d: %s has %d replies, %d of them errors; want 1 and %d", round+1, site, m.Replies, m.Errors, want)
+					}
+				}
+			}
+			failures := 0
+			for _, e := range res.Events {
+				if e.Party == job.HubParty && e.Kind == job.KindClientFailure {
+					failures += as[job.ClientFailure](t, e).Count
+				}
+			}
+			if failures != 2 {
+				t.Errorf("the strategy had %d failures, want 2", failures)
+			}
+			tells := func(what, text string) {
+				t.Helper()
+				if !slices.ContainsFunc(res.Events, func(e event) bool { return e.Party == "site-1" && strings.Contains(string(e.Body), text) }) {
+					t.Errorf("no event tells of %s (%s)", what, text)
+				}
+			}
+			tells("the exception", "MemoryError")
+			tells("the kill", "while it had a message, which is answered with an error; another takes its place")
+		})
+	}
+}
+
 // Many clients are spread over the sites, each with its own node config, on as few workers as there are.
 func TestManyClients(t *testing.T) {
 	t.Parallel()

@@ -3,9 +3,12 @@
 ignore-term  ignores SIGTERM, as does a child in a session of its own, and never returns
 lines        prints `rate` numbered lines a second for `seconds` seconds
 mebibytes    prints `mebibytes` MiB at one site, as fast as it can
+memory       at one site, takes more memory than it may have (RLIMIT_AS) in round 1, and is killed as the kernel does it in round 2
 """
 
 import ctypes
+import os
+import resource
 import signal
 import subprocess
 import sys
@@ -46,6 +49,16 @@ def mebibytes(n):
     sys.stdout.flush()
 
 
+def memory(rnd):
+    if rnd == 1:
+        with open("/proc/self/statm") as f:
+            now = int(f.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20), resource.RLIM_INFINITY))
+        print(len(bytearray(1 << 30)))
+    elif rnd == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Client(NumPyClient):
     def __init__(self, context: Context):
         self.context = context
@@ -53,6 +66,8 @@ class Client(NumPyClient):
 
     def fit(self, parameters, config):
         run = self.context.run_config
+        if run["fault"] == "memory" and self.partition == 0:
+            memory(int(config["round"]))
         if int(config["round"]) == 1:
             if run["fault"] == "ignore-term":
                 ignore_term()
