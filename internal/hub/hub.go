@@ -354,6 +354,7 @@ func (h *Hub) attend(ctx context.Context, wg *sync.WaitGroup, id job.ID) {
 			h.jobs[id] = c
 			h.mu.Unlock()
 		}
+		h.measures.forget(id)
 		h.mu.Lock()
 		delete(h.jobs, id)
 		h.mu.Unlock()

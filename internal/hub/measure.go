@@ -223,9 +223,16 @@ func (m *measures) moved(h *Hub, e job.Event, s job.JobState) {
 	if err == nil && !j.Started.IsZero() {
 		m.duration.Observe(max(0, e.At.Sub(j.Started).Seconds()))
 	}
+}
+
+// forget drops what a job's runner has told, once this hub sees to the job no more: until then it may tell again.
+func (m *measures) forget(id job.ID) {
+	if m == nil {
+		return
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.links, e.Job)
+	delete(m.links, id)
 }
 
 // link adds what is new in what a job's runner told of a site's link: it tells sums.

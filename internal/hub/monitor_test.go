@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -25,6 +26,7 @@ import (
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/sock"
 	"github.com/pergolafl/pergola/internal/store/pgtest"
+	"github.com/pergolafl/pergola/internal/store/sqlite"
 )
 
 func (s *served) page(c *http.Client, url string) (int, string) {
@@ -366,5 +368,46 @@ func TestMetricsOfTheManual(t *testing.T) {
 		if !strings.HasPrefix(name, "pergola_agent_") {
 			t.Errorf("the page has %s, which is not there", name)
 		}
+	}
+}
+
+// What a runner tells of its links counts once, also when it comes after its job's end, and nothing stays of jobs that are over.
+func TestLinksOfJobsThatAreOver(t *testing.T) {
+	db, err := sqlite.Open(t.Context(), filepath.Join(t.TempDir(), DatabaseFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	b := newBench(t, db)
+	m := newMeasures()
+	b.h.measures = m
+	id := b.submit("ann", 1, "a")
+	event := func(kind string, party string, body any) {
+		e, err := job.NewEvent(id, party, kind, body, time.Now())
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.event(b.h, e)
+	}
+	event(job.KindLink, job.HubParty, job.Link{Site: "a", Cuts: 2})
+	if err := b.h.stop(t.Context(), b.job(id), problem.New(problem.AbortedByUser, "", "enough")); err != nil {
+		t.Fatal(err)
+	}
+	event(job.KindJobState, "", job.JobState{From: job.Queued, To: job.Aborted})
+	event(job.KindLink, job.HubParty, job.Link{Site: "a", Cuts: 3})
+	r := prometheus.NewRegistry()
+	r.MustRegister(m.cuts)
+	all, err := r.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := all[0].GetMetric()[0].GetCounter().GetValue(); got != 3 {
+		t.Errorf("%v cuts are counted, and there were 3", got)
+	}
+	var wg sync.WaitGroup
+	b.h.attend(t.Context(), &wg, id)
+	wg.Wait()
+	if len(m.links) != 0 {
+		t.Errorf("there is left %v", m.links)
 	}
 }
