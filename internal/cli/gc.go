@@ -2,6 +2,7 @@ package cli
 
 import (
 	"cmp"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -81,39 +82,26 @@ func (f *gcFlags) quiet(w io.Writer) *slog.Logger {
 }
 
 func newHubGC(e env) *cobra.Command {
-	var f gcFlags
-	c := &cobra.Command{
-		Use: "gc", Short: "Remove now what the hub no longer keeps",
-		Long: "Remove what [retention] of hub.toml no longer keeps: jobs that are over, logs, bundles that no job has, uploads that were given up.\n" +
-			"A hub does so by itself every ten minutes, and may run meanwhile. docs/retention.md has the rules.",
-		Example: "  pergola hub gc --dry-run\n  pergola hub gc --dir /srv/hub --json",
-		Args:    exactArgs(0, "no argument"),
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			ctx, cancel := untilSignal(cmd.Context())
-			defer cancel()
-			list, failure := hub.Collect(ctx, serviceDir(f.dir, "hub"), f.dry, f.quiet(e.stderr))
-			var out []collected
-			for _, r := range list {
-				out = append(out, collected(r))
-			}
-			return f.told(e, out, failure)
-		},
-	}
-	return f.add(c, "hub")
+	return newGC(e, "hub", "/srv/hub", "Remove what [retention] of hub.toml no longer keeps: jobs that are over, logs, bundles that no job has, uploads that were given up.\n"+
+		"A hub does so by itself every ten minutes, and may run meanwhile. docs/retention.md has the rules.", hub.Collect)
 }
 
 func newSiteGC(e env) *cobra.Command {
+	return newGC(e, "site", "/srv/pergola", "Remove what [retention] of site.toml no longer keeps: bundles that no job uses, the logs of runners, environments.\n"+
+		"An agent does so by itself every hour, and may run meanwhile. docs/retention.md has the rules.", site.Collect)
+}
+
+// newGC is the command of hub or site, as what says, by what collects there. Its help has an example of a directory.
+func newGC[R hub.Removal | site.Removal](e env, what, example, long string, collect func(ctx context.Context, dir string, dry bool, log *slog.Logger) ([]R, error)) *cobra.Command {
 	var f gcFlags
 	c := &cobra.Command{
-		Use: "gc", Short: "Remove now what the site no longer keeps",
-		Long: "Remove what [retention] of site.toml no longer keeps: bundles that no job uses, the logs of runners, environments.\n" +
-			"An agent does so by itself every hour, and may run meanwhile. docs/retention.md has the rules.",
-		Example: "  pergola site gc --dry-run\n  pergola site gc --dir /srv/pergola --json",
+		Use: "gc", Short: "Remove now what the " + what + " no longer keeps", Long: long,
+		Example: fmt.Sprintf("  pergola %s gc --dry-run\n  pergola %s gc --dir %s --json", what, what, example),
 		Args:    exactArgs(0, "no argument"),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel := untilSignal(cmd.Context())
 			defer cancel()
-			list, failure := site.Collect(ctx, serviceDir(f.dir, "site"), f.dry, f.quiet(e.stderr))
+			list, failure := collect(ctx, serviceDir(f.dir, what), f.dry, f.quiet(e.stderr))
 			var out []collected
 			for _, r := range list {
 				out = append(out, collected(r))
@@ -121,5 +109,5 @@ func newSiteGC(e env) *cobra.Command {
 			return f.told(e, out, failure)
 		},
 	}
-	return f.add(c, "site")
+	return f.add(c, what)
 }
