@@ -413,19 +413,26 @@ func (s bundleService) DownloadBundle(ctx context.Context, req *pb.DownloadBundl
 		return problem.New(problem.NotFound, "upload it first", "the hub has no bundle %s", req.GetDigest())
 	}
 	defer f.Close()
-	if info, err := f.Stat(); err != nil {
-		return err
-	} else if req.GetOffset() < 0 || req.GetOffset() > info.Size() {
-		return problem.New(problem.Usage, "begin at 0", "bundle %s has %d bytes, and cannot be sent from byte %d on", req.GetDigest(), info.Size(), req.GetOffset())
-	}
-	if _, err := f.Seek(req.GetOffset(), io.SeekStart); err != nil {
+	info, err := f.Stat()
+	if err != nil {
 		return err
 	}
+	return sendFrom(f, req.GetOffset(), info.Size(), "bundle "+req.GetDigest(), func(data []byte) error {
+		return out.Send(&pb.DownloadBundleResponse{Data: data})
+	})
+}
+
+// sendFrom sends what there is of a file from an offset on. What says what it is.
+func sendFrom(r io.ReaderAt, offset, size int64, what string, send func([]byte) error) error {
+	if offset < 0 || offset > size {
+		return problem.New(problem.Usage, "begin at 0", "%s has %d bytes, and cannot be sent from byte %d on", what, size, offset)
+	}
+	in := io.NewSectionReader(r, offset, size-offset)
 	buf := make([]byte, api.MaxChunk)
 	for {
-		n, err := io.ReadFull(f, buf)
+		n, err := io.ReadFull(in, buf)
 		if n > 0 {
-			if err := out.Send(&pb.DownloadBundleResponse{Data: buf[:n]}); err != nil {
+			if err := send(buf[:n]); err != nil {
 				return err
 			}
 		}

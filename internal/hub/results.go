@@ -14,7 +14,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/pergolafl/pergola/internal/api"
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
 	"github.com/pergolafl/pergola/internal/job"
@@ -202,23 +201,7 @@ func (s jobService) DownloadResult(ctx context.Context, req *pb.DownloadResultRe
 		defer f.Close()
 		r, size = f, info.Size()
 	}
-	if req.GetOffset() < 0 || req.GetOffset() > size {
-		return problem.New(problem.Usage, "begin at 0", "%s has %d bytes, and cannot be sent from byte %d on", req.GetPath(), size, req.GetOffset())
-	}
-	in := io.NewSectionReader(r, req.GetOffset(), size-req.GetOffset())
-	buf := make([]byte, api.MaxChunk)
-	for {
-		n, err := io.ReadFull(in, buf)
-		if n > 0 {
-			if err := out.Send(&pb.DownloadResultResponse{Data: buf[:n]}); err != nil {
-				return err
-			}
-		}
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
+	return sendFrom(r, req.GetOffset(), size, req.GetPath(), func(data []byte) error {
+		return out.Send(&pb.DownloadResultResponse{Data: data})
+	})
 }
