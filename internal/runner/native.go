@@ -48,21 +48,35 @@ func (r *runner) tryOut(ctx context.Context, p *prepared, s native.Shim) error {
 	return nil
 }
 
-// host makes the Host of this party's processes.
-func (r *runner) host(p *prepared) (*flower.Host, error) {
-	return flower.NewHost(flower.HostConfig{
+// hosting is what a party's processes of the native engine are started with.
+type hosting struct {
+	shim native.Shim
+	host *flower.Host
+	app  string // the app's folder
+}
+
+func (r *runner) hosting(p *prepared) (h hosting, err error) {
+	if h.shim, err = r.shim(); err != nil {
+		return h, err
+	}
+	h.host, err = flower.NewHost(flower.HostConfig{
 		Install: p.inst, Server: r.spec.IsHub(), Dir: p.dir, LogDir: r.spec.Logs, FlwrHome: p.home, IP: p.ip, Env: p.env, Party: r.spec.Party,
 		OnEvent: r.event, OnLogError: r.diskError, OpenLog: r.openLog,
 	})
+	if err != nil {
+		return h, err
+	}
+	h.app, err = flower.InstallApp(p.inst, p.dir, p.home)
+	return h, err
 }
 
-// startHosted starts a process of the native engine.
-func startHosted(h *flower.Host, boot, role string, env ...string) (*flower.Hosted, native.Process, error) {
+// start starts a process.
+func (h hosting) start(role string, env ...string) (*flower.Hosted, native.Process, error) {
 	conn, theirs, err := native.SocketPair()
 	if err != nil {
 		return nil, native.Process{}, err
 	}
-	p, err := h.Start([]string{boot, role}, env, theirs)
+	p, err := h.host.Start([]string{h.shim.Boot, role}, env, theirs)
 	_ = theirs.Close() // the process has its own
 	if err != nil {
 		return nil, native.Process{}, errors.Join(err, conn.Close())
@@ -148,26 +162,18 @@ func (r *runner) serverApp(ctx, gctx context.Context, p *prepared, hub *native.H
 	if err := os.MkdirAll(r.spec.Results, 0o700); err != nil {
 		return err
 	}
-	shim, err := r.shim()
+	h, err := r.hosting(p)
 	if err != nil {
 		return err
 	}
-	host, err := r.host(p)
-	if err != nil {
-		return err
-	}
-	app, err := flower.InstallApp(p.inst, p.dir, p.home)
-	if err != nil {
-		return err
-	}
-	hosted, process, err := startHosted(host, shim.Boot, "server")
+	hosted, process, err := h.start("server")
 	if err != nil {
 		return err
 	}
 	defer func() { process.Stop(r.grace(ctx)) }()
 	defer process.Conn.Close()
 	// Beside the start of Python.
-	if err := r.tryOut(gctx, p, shim); err != nil {
+	if err := r.tryOut(gctx, p, h.shim); err != nil {
 		return err
 	}
 	peer, err := native.Greet(gctx, process)
@@ -186,7 +192,7 @@ func (r *runner) serverApp(ctx, gctx context.Context, p *prepared, hub *native.H
 		return r.serverGone(gctx, hosted, err)
 	}
 	r.move(job.PartyRunning, nil)
-	res, err := hub.Run(gctx, peer, native.StartApp{Dir: app, Cwd: p.dir, Config: r.spec.Spec.RunConfig})
+	res, err := hub.Run(gctx, peer, native.StartApp{Dir: h.app, Cwd: p.dir, Config: r.spec.Spec.RunConfig})
 	batches.wait()
 	if err != nil {
 		return r.serverGone(gctx, hosted, err)
@@ -285,15 +291,7 @@ func (r *runner) nativeSite(ctx context.Context) error {
 
 // workers runs the site's workers until the party ends or the link breaks.
 func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan struct{}, session func() *link.Session) error {
-	shim, err := r.shim()
-	if err != nil {
-		return err
-	}
-	host, err := r.host(p)
-	if err != nil {
-		return err
-	}
-	app, err := flower.InstallApp(p.inst, p.dir, p.home)
+	h, err := r.hosting(p)
 	if err != nil {
 		return err
 	}
@@ -315,12 +313,12 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 	}
 	site := native.NewSite(native.SiteOptions{
 		Name: r.spec.Party, Clients: clients, Workers: workers, Isolation: isolation, Log: r.log, NoSpare: workers > 1 && devices.workers() > 0,
-		App: native.StartApp{Dir: app, Cwd: p.dir, Config: spec.RunConfig},
+		App: native.StartApp{Dir: h.app, Cwd: p.dir, Config: spec.RunConfig},
 		NodeConfig: func(i int) any {
 			return job.NodeConfig(spec.NodeConfigFor(r.spec.Party, first+i, spec.Partitions(r.spec.Count)))
 		},
 		Start: func(slot int) (native.Process, error) {
-			_, process, err := startHosted(host, shim.Boot, "client", devices.env(slot)...)
+			_, process, err := h.start("client", devices.env(slot)...)
 			return process, err
 		},
 		Open: func(ctx context.Context, target string) (native.Stream, error) {
@@ -354,14 +352,14 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 		case <-loaded:
 			return err
 		default: // what keeps workers from starting may be what the Python side says of the environment
-			if e := r.tryOut(gctx, p, shim); e != nil {
+			if e := r.tryOut(gctx, p, h.shim); e != nil {
 				return e
 			}
 			return err
 		}
 	})
 	g.Go(func() error {
-		if err := r.tryOut(wctx, p, shim); err != nil {
+		if err := r.tryOut(wctx, p, h.shim); err != nil {
 			return err
 		}
 		select {

@@ -6,10 +6,12 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from . import generations
 from .codec import Codec
+from .exits import flush
 from .frames import PROTOCOL, Frame, Link, ProtocolError
 from .generations import CRASHED_REASON, LOAD_FAILED, RAISED, Generation
 from .packs import ReadPacks, WorkerPacks, check, read
@@ -128,9 +130,7 @@ class Worker:
             answer["kept"] = True
         else:
             self._put_state(out, context, given)
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+        flush()
         return out
 
     def _beside(self, frame: Frame) -> tuple[list[int], list[bytes]]:
@@ -193,24 +193,29 @@ class Worker:
             answer[name] = value
 
 
-def main() -> int:
-    """Be a worker until the runner goes away."""
+def begin(role: str, serve: Callable[[Link, Generation, dict[str, Any]], int]) -> int:
+    """Greet the runner, and serve as it says what to start; nothing if it goes away before."""
     link = Link.inherited()
-    link.send(hello("client"))
-    gen = generations.installed("client")
+    link.send(hello(role))
+    gen = generations.installed(role)
     try:
         start = link.receive()
     except EOFError:
         return 0
     if start.kind != "start":
         raise ProtocolError(f"{start.kind!r} came instead of start")
+    if start.head.get("cwd"):
+        os.chdir(start.head["cwd"])
     return serve(link, gen, start.head)
+
+
+def main() -> int:
+    """Be a worker until the runner goes away."""
+    return begin("client", serve)
 
 
 def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
     """Load the app, and answer messages as the isolation says."""
-    if start.get("cwd"):
-        os.chdir(start["cwd"])
     isolation = start.get("isolation") or "warm"
     if isolation not in ("warm", "fork", "process"):
         raise ProtocolError(f"there is no isolation {isolation!r:.50}")

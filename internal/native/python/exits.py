@@ -10,6 +10,13 @@ import traceback
 from typing import NoReturn
 
 
+def flush() -> None:
+    """Have out what was printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
 def leave(status: int) -> NoReturn:
     """End as a Python process does: threads are waited for, what was to run at exit runs, and what was printed is out.
 
@@ -19,9 +26,7 @@ def leave(status: int) -> NoReturn:
     try:
         threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001 - there is no public name for either
         atexit._run_exitfuncs()  # noqa: SLF001
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()
+        flush()
     except BaseException:  # noqa: BLE001 - whatever it was for is done
         traceback.print_exc()
     finally:

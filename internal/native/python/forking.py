@@ -22,7 +22,7 @@ import traceback
 from collections import OrderedDict
 
 from .client import Worker
-from .exits import leave
+from .exits import flush, leave
 from .frames import Frame, Link, ProtocolError
 from .generations import CRASHED_REASON, RAISED
 from .packs import FEW, ROOM, Idle, keep
@@ -309,9 +309,7 @@ class Template:
         ours, theirs = socket.socketpair()
         self._count += 1
         parent = os.getpid()
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                stream.flush()  # or the child writes it again
+        flush()  # or the child writes it again
         pid = os.fork()
         if pid:
             theirs.close()

@@ -10,9 +10,10 @@ import time
 import traceback
 from typing import Any
 
-from . import generations, grid
-from .client import hello
-from .frames import Frame, Link, ProtocolError
+from . import grid
+from .client import begin
+from .exits import flush
+from .frames import Frame, Link
 from .generations import Generation
 
 LONGEST = 64 << 10  # letters of a traceback; what is cut stands in the log too
@@ -21,22 +22,11 @@ GRACE = 5.0  # seconds that an app has to end once its runner has gone
 
 def main() -> int:
     """Run one ServerApp."""
-    link = Link.inherited()
-    link.send(hello("server"))
-    gen = generations.installed("server")
-    try:
-        start = link.receive()
-    except EOFError:
-        return 0
-    if start.kind != "start":
-        raise ProtocolError(f"{start.kind!r} came instead of start")
-    return serve(link, gen, start.head)
+    return begin("server", serve)
 
 
 def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
     """Load the app, call it, and tell the runner how that ended."""
-    if start.get("cwd"):
-        os.chdir(start["cwd"])
     run_id: int = start["run"]
     gen.set_identity(run_id, gen.server_id, start.get("task", 0))
     exchange = grid.Exchange(gen, link, run_id, start["nodes"])
@@ -60,9 +50,7 @@ def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
         done.update(ok=False, error=f"{type(e).__name__}: {e}"[:LONGEST], exception=text[-LONGEST:])
         status = 1
     done["seconds"] = time.perf_counter() - begun
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
+    flush()
     try:
         link.send(Frame(done))
     except OSError:
