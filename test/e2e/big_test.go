@@ -3,6 +3,7 @@ package e2e
 import (
 	"flag"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -20,16 +21,17 @@ func TestLargeParameters(t *testing.T) {
 	if *big {
 		parts = 18
 	}
-	r := start(t, spec{app: "big", args: []string{"--flwr", newest, "--sites", "1", "--run-config", fmt.Sprintf("mebibytes=%d", parts*128)}})
-	res := r.end()
-	if res.Code != 0 || res.Summary.State != job.Succeeded {
-		t.Fatalf("exit %d, %s", res.Code, causeText(res.Summary))
+	for _, engine := range []string{job.EngineFlower, job.EngineNative} {
+		t.Run(engine, func(t *testing.T) { // one after the other: together they would need twice the memory
+			r := start(t, spec{app: "big", args: []string{"--flwr", newest, "--engine", engine, "--sites", "1", "--run-config", fmt.Sprintf("mebibytes=%d", parts*128)}})
+			res := r.end()
+			if res.Code != 0 || res.Summary.State != job.Succeeded {
+				t.Fatalf("exit %d, %s", res.Code, causeText(res.Summary))
+			}
+			want := fmt.Sprintf("came back: %d of %d parts, %d bytes seen by the client", parts, parts, parts<<27)
+			if !slices.ContainsFunc(res.Events, func(e event) bool { return e.Kind == localrun.KindLog && strings.Contains(string(e.Body), want) }) {
+				t.Errorf("the server app did not say %q", want)
+			}
+		})
 	}
-	want := fmt.Sprintf("came back: %d of %d parts, %d bytes seen by the client", parts, parts, parts<<27)
-	for _, e := range res.Events {
-		if e.Kind == localrun.KindLog && strings.Contains(string(e.Body), want) {
-			return
-		}
-	}
-	t.Errorf("the server app did not say %q", want)
 }
