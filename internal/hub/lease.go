@@ -73,7 +73,7 @@ type lease struct {
 	duty    string // in place of a job
 	owner   string
 	renewed time.Time // by this process's clock that nobody sets; zero: it is not held
-	taken   bool      // of a duty: another one may have seen to it until this one took it; whoever acts on that unsets it
+	taken   bool      // of a duty: another one has seen to it until this one took it; whoever acts on that unsets it
 }
 
 // hold tells whether the job is this hub's, and renews the lease where that is due. While the store cannot be asked, nobody is

@@ -128,7 +128,6 @@ type Store interface {
 	Release(ctx context.Context, id job.ID, owner string) error
 
 	ClaimDuty(ctx context.Context, duty, owner string, until, now time.Time) (held, taken bool, err error)
-	ReleaseDuty(ctx context.Context, duty, owner string) error
 	Start(ctx context.Context, id job.ID, sites []string, owner string, now time.Time) error
 	Allocate(ctx context.Context, id job.ID, site, owner string) error
 	Changes(ctx context.Context, after int64) (ids []job.ID, upTo int64, err error)

@@ -12,7 +12,7 @@ import (
 )
 
 // ClaimDuty takes or renews a duty, which one hub of several does at a time, for owner, until until. It tells whether owner has it
-// now; if not, another one does whose time is not over at now. Taken tells that it was not owner's before.
+// now; if not, another one does whose time is not over at now. Taken tells that another one had it before.
 func (db *DB) ClaimDuty(ctx context.Context, duty, owner string, until, now time.Time) (held, taken bool, err error) {
 	err = db.write(ctx, "claim a duty", func(ctx context.Context, tx *txn) ([]job.ID, error) {
 		before, err := holder(ctx, tx, duty)
@@ -20,21 +20,13 @@ func (db *DB) ClaimDuty(ctx context.Context, duty, owner string, until, now time
 			return nil, err
 		}
 		held, err = claim(ctx, tx, "duty", "name", duty, owner, until, now)
-		taken = held && before != owner
+		taken = held && before != "" && before != owner
 		return nil, err
 	})
 	if err != nil {
 		return false, false, err
 	}
 	return held, taken, nil
-}
-
-// ReleaseDuty gives a duty back, if owner has it.
-func (db *DB) ReleaseDuty(ctx context.Context, duty, owner string) error {
-	return db.write(ctx, "release a duty", func(ctx context.Context, tx *txn) ([]job.ID, error) {
-		_, err := tx.ExecContext(ctx, "DELETE FROM duty WHERE name = ? AND owner = ?", duty, owner)
-		return nil, err
-	})
 }
 
 // holder gives who has a duty, or had it last; "" if nobody has.
