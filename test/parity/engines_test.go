@@ -36,6 +36,10 @@ func TestEngines(t *testing.T) {
 	o.pergola = build(t)
 	slots := make(chan struct{}, 3)
 	idle := make(chan struct{}, 4) // for those that mostly wait
+	if *whole {
+		slots = make(chan struct{}, 2) // many start processes of Flower all the time, and some apps have time limits of their own
+		idle = slots
+	}
 	for _, v := range slices.Backward(fidelity) {
 		for _, e := range corpus {
 			if !e.fits(v) {
