@@ -225,7 +225,10 @@ func (o options) runPergola(ctx context.Context, engine string, e entry, v, dir 
 		args = append(args, "--run-config", file)
 		settings = settings[n:]
 	}
-	if settings = slices.Concat(settings, e.pace); len(settings) > 0 {
+	if engine == nativeEngine { // Flower's own programs take their time, with Pergola as without
+		settings = slices.Concat(settings, e.pace)
+	}
+	if len(settings) > 0 {
 		args = append(args, "--run-config", strings.Join(settings, " "))
 	}
 	cmd := exec.CommandContext(ctx, o.pergola, args...)

@@ -31,7 +31,7 @@ type entry struct {
 	until     int               // and of the first that is not asked to; 0 = all
 	sites     int               // 0 = 2
 	overrides []string          // --run-config
-	pace      []string          // further ones for the engines, not for plain Flower: seconds to wait, which no number depends on
+	pace      []string          // further ones for the native engine: seconds to wait, which no number depends on
 	node      map[string]string // what the app's [tool.pergola.site.node-config] says, as TOML for plain Flower
 	versions  bool              // it belongs to docs/flower-versions.md: runs on all versions, not on those of fidelity alone
 	slow      bool              // plain Flower waits in it for long: it is no reason to think that it hangs
