@@ -235,13 +235,13 @@ var endings = []ending{
 	},
 	{
 		name: "a client app hangs and nothing moves",
-		app:  "hang-client", args: []string{"--no-progress", "15s"}, act: afterRound(15 * time.Second),
-		code: problem.NoProgress, says: []string{"15s"},
+		app:  "hang-client", args: []string{"--no-progress", "30s"}, act: afterRound(30 * time.Second),
+		code: problem.NoProgress, says: []string{"30s"},
 	},
 	{
 		name: "a client app hangs and nothing moves, newest flwr",
-		app:  "hang-client", args: []string{"--no-progress", "15s"}, flwr: newFlwr, act: afterRound(15 * time.Second),
-		code: problem.NoProgress, says: []string{"15s"},
+		app:  "hang-client", args: []string{"--no-progress", "30s"}, flwr: newFlwr, act: afterRound(30 * time.Second),
+		code: problem.NoProgress, says: []string{"30s"},
 	},
 	{
 		name: "a client app hangs until the deadline",
