@@ -143,8 +143,9 @@ func newMachine(t *testing.T, name string) *machine {
 		m.off()
 	})
 	if line, err := io.ReadAll(io.LimitReader(stdout, 3)); err != nil || string(line) != "up\n" {
-		m.off()
-		t.Fatalf("machine %s did not start: %v, %s", name, err, diag.String())
+		stdin.Close() // it ends by itself, and says how
+		ended := m.init.Wait()
+		t.Fatalf("machine %s did not start: it said %q (%v) and ended with %v: %s", name, line, err, ended, diag.String())
 	}
 	points, err := os.ReadDir(filepath.Join(m.dir, "tmp"))
 	if err != nil {
