@@ -94,18 +94,12 @@ func leave() (err error) {
 	return err
 }
 
-// forking is held from a fork to its exec. Between the two a child has all of our files, the other
-// programs' output pipes among them, and must not be taken for one of their descendants.
-var forking sync.RWMutex
-
 // spawn runs os.StartProcess on the starter's thread. The caller has entered.
 func spawn(path string, argv []string, attr *os.ProcAttr) (p *os.Process, err error) {
 	done := make(chan struct{})
 	nursery.start <- func() {
 		defer close(done)
-		forking.Lock()
 		p, err = os.StartProcess(path, argv, attr)
-		forking.Unlock()
 		if err == nil && goPidfds.Load() == nil {
 			own := ownPidfds()[p.Pid]
 			goPidfds.Store(&own)

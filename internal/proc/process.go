@@ -302,8 +302,10 @@ func exitOf(state *os.ProcessState, err error) Exit {
 // remains gives what there is of the program apart from its dead leader: its group, its tree,
 // whoever carries its token or holds its output open, and what these have started.
 func (p *Process) remains() ([]stat, error) {
-	forking.RLock()
-	defer forking.RUnlock()
+	// From a fork to its exec a child has all of our files, this program's output pipes among them, and must not be taken for one of its
+	// descendants. The lock is held for writing from one to the other, whoever forks (syscall/exec_unix.go; os/exec of any package does).
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
 	all, err := processes()
 	if err != nil {
 		return nil, err
