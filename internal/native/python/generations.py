@@ -320,6 +320,7 @@ def installed(*roles: str) -> Generation:
         return _find(roles)
     finally:
         if collects:
+            gc.freeze()  # nor are they looked through for every few messages
             gc.enable()
 
 
