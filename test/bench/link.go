@@ -211,7 +211,7 @@ func hubMain(ctx context.Context, args []string, stdout io.Writer) error {
 		}
 		go func() {
 			defer c.Close()
-			tc := tls.Server(c, conf)
+			tc := tls.Server(link.Coalesce(c), conf)
 			if tc.HandshakeContext(ctx) != nil {
 				return
 			}
@@ -266,8 +266,8 @@ func (h *linkHouse) dial(ctx context.Context, hub, proxy, site string) (*link.Se
 	return link.Dial(ctx, func(ctx context.Context) (net.Conn, error) { return up.Dial(ctx) }, link.Options{Retry: time.Minute})
 }
 
-// pairOf gives both ends of a TCP connection, and of one with TLS over it.
-func (h *linkHouse) pairOf(ctx context.Context, withTLS bool) (near, far net.Conn, err error) {
+// pairOf gives both ends of a TCP connection, and of one with TLS over it; below is what TLS lies on.
+func (h *linkHouse) pairOf(ctx context.Context, withTLS bool, below ...func(net.Conn) net.Conn) (near, far net.Conn, err error) {
 	var lc net.ListenConfig
 	ln, err := lc.Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
@@ -284,6 +284,9 @@ func (h *linkHouse) pairOf(ctx context.Context, withTLS bool) (near, far net.Con
 	conf, err := h.party("tls")
 	if err != nil {
 		return nil, nil, err
+	}
+	for _, b := range below {
+		near, far = b(near), b(far)
 	}
 	server := tls.Server(far, pki.ServerTLS(h.hub, h.auth.Roots(), link.ALPN))
 	client := tls.Client(near, conf)
@@ -423,7 +426,7 @@ func (h *linkHouse) direct(ctx context.Context) (*ends, func(), error) {
 	wg.Go(func() { _ = a.Serve(ctx, ln) })
 	end := func() { cancel(); wg.Wait() }
 	site, err := link.Dial(ctx, func(ctx context.Context) (net.Conn, error) {
-		near, far, err := h.pairOf(ctx, true)
+		near, far, err := h.pairOf(ctx, true, link.Coalesce)
 		if err == nil {
 			var preface bytes.Buffer
 			err = link.WritePreface(&preface, link.Peer{Job: benchJob, Site: "direct"})
