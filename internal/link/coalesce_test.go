@@ -33,8 +33,9 @@ func (c *calls) Write(b []byte) (int, error) {
 }
 
 // secured gives both ends of a TLS connection over loopback that lies on coalescers, and what those call.
-func secured(t *testing.T) (client, server *tls.Conn, below [2]*calls) {
+func secured(t *testing.T) (*tls.Conn, *tls.Conn, [2]*calls) {
 	t.Helper()
+	var below [2]*calls
 	auth, err := pki.NewAuthority("test")
 	must(t, err)
 	cert := func(id pki.Identity) tls.Certificate {
@@ -54,8 +55,8 @@ func secured(t *testing.T) (client, server *tls.Conn, below [2]*calls) {
 		below[i] = &calls{Conn: c}
 	}
 	hub := cert(pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
-	client = tls.Client(Coalesce(below[0]), pki.ClientTLS(cert(pki.Identity{Kind: pki.KindSite, Name: "a"}), auth.Roots(), pki.HubName))
-	server = tls.Server(Coalesce(below[1]), &tls.Config{Certificates: []tls.Certificate{hub}})
+	client := tls.Client(Coalesce(below[0]), pki.ClientTLS(cert(pki.Identity{Kind: pki.KindSite, Name: "a"}), auth.Roots(), pki.HubName))
+	server := tls.Server(Coalesce(below[1]), &tls.Config{Certificates: []tls.Certificate{hub}})
 	shaken := make(chan error, 1)
 	go func() { shaken <- server.Handshake() }()
 	must(t, client.Handshake())
