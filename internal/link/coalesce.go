@@ -1,6 +1,7 @@
 package link
 
 import (
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -43,16 +44,12 @@ type coalescer struct {
 
 // coalescerOf finds the one that a connection lies on; nil if it lies on none.
 func coalescerOf(c net.Conn) *coalescer {
-	for {
+	for ; c != nil; c = below(c) {
 		if w, ok := c.(*coalescer); ok {
 			return w
 		}
-		t, ok := c.(interface{ NetConn() net.Conn })
-		if !ok {
-			return nil
-		}
-		c = t.NetConn()
 	}
+	return nil
 }
 
 // NetConn gives the connection below, as tls.Conn's does.
@@ -155,7 +152,7 @@ func (c *coalescer) writeTo(to net.Conn, b []byte) error {
 }
 
 // readFrom reads what is there of a reader that lies on c, which may be nil, after waiting for the first of it.
-func (c *coalescer) readFrom(r interface{ Read([]byte) (int, error) }, b []byte) (int, error) {
+func (c *coalescer) readFrom(r io.Reader, b []byte) (int, error) {
 	n, err := r.Read(b)
 	for err == nil && n < len(b) && c.ready() {
 		var k int

@@ -36,15 +36,7 @@ func (c *calls) Write(b []byte) (int, error) {
 func secured(t *testing.T) (*tls.Conn, *tls.Conn, [2]*calls) {
 	t.Helper()
 	var below [2]*calls
-	auth, err := pki.NewAuthority("test")
-	must(t, err)
-	cert := func(id pki.Identity) tls.Certificate {
-		k, err := auth.NewKeypair(id, nil, time.Hour)
-		must(t, err)
-		c, err := k.Certificate()
-		must(t, err)
-		return c
-	}
+	ca, cert := authority(t)
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	t.Cleanup(func() { ln.Close() })
@@ -55,7 +47,7 @@ func secured(t *testing.T) (*tls.Conn, *tls.Conn, [2]*calls) {
 		below[i] = &calls{Conn: c}
 	}
 	hub := cert(pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
-	client := tls.Client(Coalesce(below[0]), pki.ClientTLS(cert(pki.Identity{Kind: pki.KindSite, Name: "a"}), auth.Roots(), pki.HubName))
+	client := tls.Client(Coalesce(below[0]), pki.ClientTLS(cert(pki.Identity{Kind: pki.KindSite, Name: "a"}), ca.Roots(), pki.HubName))
 	server := tls.Server(Coalesce(below[1]), &tls.Config{Certificates: []tls.Certificate{hub}})
 	shaken := make(chan error, 1)
 	go func() { shaken <- server.Handshake() }()

@@ -183,13 +183,15 @@ func TestWindowFillsALongFatPath(t *testing.T) {
 	})
 }
 
-// site runner ═ TLS ═ hub ═ unix socket ═ hub runner, as in a job.
-func TestWholeWay(t *testing.T) {
+// authority gives one, and what makes certificates of it.
+func authority(t *testing.T) (*pki.Authority, func(pki.Identity) tls.Certificate) {
+	t.Helper()
 	ca, err := pki.NewAuthority("test")
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert := func(id pki.Identity) tls.Certificate {
+	return ca, func(id pki.Identity) tls.Certificate {
+		t.Helper()
 		k, err := ca.NewKeypair(id, nil, time.Hour)
 		if err != nil {
 			t.Fatal(err)
@@ -200,6 +202,11 @@ func TestWholeWay(t *testing.T) {
 		}
 		return c
 	}
+}
+
+// site runner ═ TLS ═ hub ═ unix socket ═ hub runner, as in a job.
+func TestWholeWay(t *testing.T) {
+	ca, cert := authority(t)
 	sock, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
 	if err != nil {
 		t.Fatal(err)

@@ -193,13 +193,18 @@ func hardClose(c net.Conn) {
 
 // innermost gives the connection below TLS, even if that runs in a proxy's.
 func innermost(c net.Conn) net.Conn {
-	for {
-		t, ok := c.(interface{ NetConn() net.Conn })
-		if !ok {
-			return c
-		}
-		c = t.NetConn()
+	for b := below(c); b != nil; b = below(c) {
+		c = b
 	}
+	return c
+}
+
+// below gives the connection that one lies on; nil if it lies on none.
+func below(c net.Conn) net.Conn {
+	if t, ok := c.(interface{ NetConn() net.Conn }); ok {
+		return t.NetConn()
+	}
+	return nil
 }
 
 // tune makes the kernel give up a TCP peer that acknowledges nothing, in about the time in which a session would. A
