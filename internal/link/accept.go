@@ -105,6 +105,9 @@ func (a *Acceptor) welcome(ctx context.Context, conn net.Conn) (*Session, error)
 	if err != nil {
 		return nil, fmt.Errorf("read the HELLO of %s: %w", peer.Site, noEOF(err))
 	}
+	if f.kind == frameLane {
+		return nil, a.lane(peer, conn, f)
+	}
 	if f.kind != frameHello {
 		return nil, fmt.Errorf("read the HELLO of %s: %w", peer.Site, errNotLink)
 	}

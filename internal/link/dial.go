@@ -31,6 +31,7 @@ func Dial(ctx context.Context, d Dialer, opts Options) (*Session, error) {
 		return nil, err
 	}
 	l := newLine(id, secret, opts.Peer, opts)
+	l.dialer = d
 	s, err := dial(ctx, d, l)
 	if err != nil {
 		l.finish(err)

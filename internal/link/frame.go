@@ -15,11 +15,13 @@ import (
 //	ACK    number: offset received up to         body: offset that may be sent up to (8)
 //	PING   number: 0                             no body
 //	CLOSE  number: offset of the end             no body
+//	ASK    number: of the lane that is wanted    no body
 const (
 	frameData  = 1
 	frameAck   = 2
 	framePing  = 3
 	frameClose = 4
+	frameAsk   = 5
 
 	unitHead = 12
 	ackBody  = 8
@@ -71,6 +73,8 @@ func readUnit(r io.Reader, b *[unitHead + ackBody]byte) (unit, error) {
 		ok = u.length == 0 && u.number == 0
 	case frameClose:
 		ok = u.length == 0
+	case frameAsk:
+		ok = u.length == 0 && u.number > 0
 	}
 	if !ok {
 		return unit{}, violation("a frame of type %d, %d bytes, number %d", u.kind, u.length, u.number)

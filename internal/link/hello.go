@@ -20,7 +20,7 @@ const ALPN = "pergola-link/1"
 // lives: the newest that both ends do. The dialling end begins with its newest; an accepting end that is older refuses that and names its
 // own, and the dialling end comes again with it.
 const (
-	Version    = 2
+	Version    = 3
 	MinVersion = 2
 )
 
@@ -46,6 +46,7 @@ const (
 	frameWelcome = 2
 	frameRefuse  = 3
 	frameStart   = 4
+	frameLane    = 5
 )
 
 // Reasons in a REFUSE.
@@ -102,7 +103,7 @@ func readFrame(r io.Reader) (frame, error) {
 	}
 	f := frame{kind: h[4], version: binary.BigEndian.Uint16(h[6:8])}
 	n := int(binary.BigEndian.Uint16(h[8:10]))
-	if [4]byte(h[:4]) != magic || h[5] != 0 || f.kind < frameHello || f.kind > frameStart || n > maxBody {
+	if [4]byte(h[:4]) != magic || h[5] != 0 || f.kind < frameHello || f.kind > frameLane || n > maxBody {
 		return frame{}, errNotLink
 	}
 	f.body = make([]byte, n)
@@ -198,6 +199,22 @@ func readStartIn(r io.Reader, id sessionID, version uint16) error {
 		return errNotLink
 	}
 	return nil
+}
+
+const laneBody = idSize + keySize + 8
+
+// laneFrame begins a lane: number 0 is one that the dialling end opens, others are those that the accepting end has asked for.
+func laneFrame(id sessionID, secret [keySize]byte, number uint64) frame {
+	b := append(make([]byte, 0, laneBody), id[:]...)
+	b = append(b, secret[:]...)
+	return frame{kind: frameLane, version: Version, body: binary.BigEndian.AppendUint64(b, number)}
+}
+
+func (f frame) lane() (id sessionID, secret [keySize]byte, number uint64, err error) {
+	if f.kind != frameLane || len(f.body) != laneBody {
+		return id, secret, 0, errNotLink
+	}
+	return sessionID(f.body), [keySize]byte(f.body[idSize:]), binary.BigEndian.Uint64(f.body[idSize+keySize:]), nil
 }
 
 func refuseFrame(reason byte) frame {

@@ -73,6 +73,7 @@ func FuzzReadFrame(f *testing.F) {
 	f.Add(appendFrame(nil, welcomeFrame(sessionID{}, position{4, 5, 6})))
 	f.Add(appendFrame(nil, refuseFrame(refuseVersion)))
 	f.Add(appendFrame(nil, startFrame(sessionID{9})))
+	f.Add(appendFrame(nil, laneFrame(sessionID{9}, [keySize]byte{8}, 7)))
 	f.Add(appendFrame(nil, frame{kind: frameHello, version: 65535, body: make([]byte, maxBody)}))
 	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -81,7 +82,7 @@ func FuzzReadFrame(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(fr.body) > maxBody || fr.kind < frameHello || fr.kind > frameStart {
+		if len(fr.body) > maxBody || fr.kind < frameHello || fr.kind > frameLane {
 			t.Errorf("read %+v", fr)
 		}
 		if again := appendFrame(nil, fr); !bytes.HasPrefix(b, again) || r.Len() != len(b)-len(again) {
@@ -89,6 +90,9 @@ func FuzzReadFrame(f *testing.F) {
 		}
 		if g, err := fr.greeting(); err == nil && !bytes.Equal(helloFrame(g).body, fr.body) {
 			t.Errorf("%q gave %+v", fr.body, g)
+		}
+		if id, secret, number, err := fr.lane(); err == nil && !bytes.Equal(laneFrame(id, secret, number).body, fr.body) {
+			t.Errorf("%q gave lane %d of %v", fr.body, number, id)
 		}
 		if fr.kind == frameWelcome && len(fr.body) >= idSize {
 			id := sessionID(fr.body)
@@ -107,6 +111,8 @@ func FuzzReadUnit(f *testing.F) {
 	f.Add(appendUnit(nil, ackUnit(3, 1<<63)))
 	f.Add(appendUnit(nil, unit{kind: framePing}))
 	f.Add(appendUnit(nil, unit{kind: frameClose, number: 77}))
+	f.Add(appendUnit(nil, unit{kind: frameAsk, number: 1}))
+	f.Add(appendUnit(nil, unit{kind: frameAsk}))
 	f.Add([]byte{0, 0xff, 0xff, 0xff})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r := bytes.NewReader(b)
@@ -115,7 +121,7 @@ func FuzzReadUnit(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if u.length > MaxData || u.kind < frameData || u.kind > frameClose {
+		if u.length > MaxData || u.kind < frameData || u.kind > frameAsk {
 			t.Errorf("read %+v", u)
 		}
 		if again := appendUnit(nil, u); !bytes.HasPrefix(b, again) || r.Len() != len(b)-len(again) {

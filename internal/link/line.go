@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/pergolafl/pergola/internal/compat"
@@ -89,10 +90,20 @@ type line struct {
 	violations int
 	notice     *time.Timer // of an outage that lasts
 	stats      Stats
+
+	dialer   Dialer   // dialling end
+	session  *Session // whose line this is
+	lanes    map[*lane]bool
+	asks     uint64                // lanes that this end, which does not dial, has asked for
+	asked    map[uint64]chan *lane // those that have not come
+	toAsk    []uint64              // those that the other end has not been told of
+	laneless time.Time             // when one could not be had; zero if the link was cut since
+
+	laneSent, laneReceived atomic.Int64 // bytes
 }
 
 func newLine(id sessionID, secret [keySize]byte, peer Peer, opts Options) *line {
-	l := &line{id: id, secret: secret, peer: peer, opts: opts, buf: opts.Buffer, version: uint16(opts.speaks().Max)}
+	l := &line{id: id, secret: secret, peer: peer, opts: opts, buf: opts.Buffer, version: uint16(opts.speaks().Max), lanes: map[*lane]bool{}, asked: map[uint64]chan *lane{}}
 	if l.buf == 0 {
 		l.buf = DefaultBuffer
 	}
@@ -227,6 +238,10 @@ func (l *line) finishLocked(err error) {
 	if l.tr != nil {
 		l.tr.drop()
 		l.tr = nil
+	}
+	for la := range l.lanes {
+		la.destroyed.Store(true)
+		hardClose(la.conn)
 	}
 	l.out = ring{}
 	l.data.Broadcast()
@@ -368,6 +383,7 @@ func (l *line) attachLocked(conn net.Conn, attempt uint32, mine, theirs position
 		l.stats.Away += outage.Resumed.Sub(outage.Cut)
 	}
 	l.attached = true
+	l.laneless = time.Time{}
 	l.stats.Down = time.Time{}
 	for _, t := range []*time.Timer{l.expiry, l.notice} {
 		if t != nil {
@@ -582,6 +598,10 @@ func (l *line) frames(tr *transport, b []byte) (out []byte, until time.Time, ove
 		l.high = max(l.high, l.sent)
 		l.room.Broadcast()
 	}
+	for _, number := range l.toAsk {
+		b = appendUnit(b, unit{kind: frameAsk, number: number})
+	}
+	l.toAsk = nil
 	if l.closing && l.sent == end {
 		b = appendUnit(b, unit{kind: frameClose, number: end})
 		tr.closeSent = true
@@ -616,7 +636,7 @@ func (l *line) snapshot() Stats {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	s := l.stats
-	s.Sent, s.Received = int64(l.high), int64(l.received)
+	s.Sent, s.Received = int64(l.high)+l.laneSent.Load(), int64(l.received)+l.laneReceived.Load()
 	return s
 }
 

@@ -64,6 +64,8 @@ type Options struct {
 	// Retry is how long Dial goes on trying when no transport can be made, with pauses of 0.1 to 2 s. 0: one attempt.
 	// A refusal ends the trying at once.
 	Retry time.Duration
+	// DialLane makes the connection of a lane (dialling ends); nil: as any other.
+	DialLane Dialer
 	// Allow decides about a peer before it is welcomed (acceptors); nil allows every one. The peer is told no more
 	// than that it was refused.
 	Allow func(Peer) error

@@ -84,8 +84,12 @@ func TestStreamsBothWays(t *testing.T) {
 	if hub.Peer() != anna || site.Peer().Site != "hub" || hub.line.id != site.line.id {
 		t.Errorf("peers %v %v, sessions %v %v", hub.Peer(), site.Peer(), hub.line.id, site.line.id)
 	}
-	for _, d := range [][2]*Session{{site, hub}, {hub, site}} {
-		near, far := streams(t, d[0], d[1])
+	for i, d := range [][2]*Session{{site, hub}, {hub, site}, {site, hub}, {hub, site}} {
+		open := streams
+		if i >= 2 {
+			open = lanes
+		}
+		near, far := open(t, d[0], d[1])
 		sent := make([]byte, 3<<20)
 		_, _ = rand.Read(sent)
 		var wg sync.WaitGroup
@@ -185,7 +189,7 @@ func TestRefusals(t *testing.T) {
 		})
 		defer wg.Wait()
 		_, err := Dial(t.Context(), func(context.Context) (net.Conn, error) { return near, nil }, Options{Retry: time.Hour})
-		if problem.CodeOf(err) != problem.Version || !strings.Contains(err.Error(), "version 2 of the link protocol, the other end version 7") {
+		if problem.CodeOf(err) != problem.Version || !strings.Contains(err.Error(), "versions 2 to 3 of the link protocol, the other end version 7") {
 			t.Errorf("refused with %v", err)
 		}
 	})

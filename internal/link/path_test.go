@@ -224,7 +224,7 @@ func TestWholeWay(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	spliced := make(chan error, 2)
+	spliced := make(chan error, 9)
 	wg.Go(func() { // the hub
 		for {
 			c, err := port.Accept()
@@ -277,18 +277,47 @@ func TestWholeWay(t *testing.T) {
 	if hub.Peer() != anna {
 		t.Errorf("the hub's runner sees %v", hub.Peer())
 	}
-	near, far := streams(t, site, hub)
 	want := bytes.Repeat([]byte("pergola"), 1<<20)
-	wg.Go(func() {
-		if _, err := near.Write(want); err != nil {
+	carry := func(near, far Stream) {
+		t.Helper()
+		wg.Go(func() {
+			if _, err := near.Write(want); err != nil {
+				t.Error(err)
+			}
+			if err := near.CloseWrite(); err != nil {
+				t.Error(err)
+			}
+		})
+		if got, err := io.ReadAll(far); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("read %d of %d bytes, %v", len(got), len(want), err)
+		}
+	}
+	carry(streams(t, site, hub))
+	for _, d := range [][2]*Session{{site, hub}, {hub, site}} {
+		near, far := lanes(t, d[0], d[1])
+		carry(near, far)
+		far.Close()
+		if _, err := near.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+			t.Errorf("the end of a lane: %v", err)
+		}
+		near.Close()
+		if err := <-spliced; err != nil {
+			t.Errorf("a lane that ended in order: Splice: %v", err)
+		}
+		// The hub closes its socket when the other side breaks, which looks like an end in order to the runner there.
+		near, far = lanes(t, d[0], d[1])
+		if _, err := near.Write([]byte("a part")); err != nil {
 			t.Error(err)
 		}
-		if err := near.CloseWrite(); err != nil {
+		if _, err := io.ReadFull(far, make([]byte, 6)); err != nil {
 			t.Error(err)
 		}
-	})
-	if got, err := io.ReadAll(far); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("read %d of %d bytes, %v", len(got), len(want), err)
+		near.Reset()
+		if _, err := far.Read(make([]byte, 1)); !errors.Is(err, ErrReset) {
+			t.Errorf("a lane that broke: %v", err)
+		}
+		far.Close()
+		<-spliced // however it was told
 	}
 	site.Close()
 	<-hub.Done()

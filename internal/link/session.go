@@ -35,7 +35,7 @@ type Session struct {
 	line *line
 	mux  *yamux.Session
 
-	accepted chan *stream
+	accepted chan Stream
 	closing  atomic.Bool // Close was called
 	shut     sync.Once
 	done     chan struct{}
@@ -70,7 +70,10 @@ func newSession(l *line, client bool, rtt time.Duration) (*Session, error) {
 	if err != nil {
 		return nil, problem.Wrap(err, problem.Internal, "", "the link's streams cannot be set up")
 	}
-	s := &Session{line: l, mux: mux, accepted: make(chan *stream), done: make(chan struct{})}
+	s := &Session{line: l, mux: mux, accepted: make(chan Stream), done: make(chan struct{})}
+	l.mu.Lock()
+	l.session = s
+	l.mu.Unlock()
 	s.running.Go(s.acceptLoop)
 	return s, nil
 }

@@ -16,8 +16,28 @@ import (
 
 func TestStreamsEndAsTCPConnectionsDo(t *testing.T) {
 	site, hub := pair(t)
+	t.Run("streams", func(t *testing.T) {
+		endAsTCPConnectionsDo(t, func() (near, far Stream) { return streams(t, site, hub) })
+	})
+	t.Run("lanes", func(t *testing.T) { endAsTCPConnectionsDo(t, func() (near, far Stream) { return lanes(t, site, hub) }) })
+	t.Run("lanes of the end that does not dial", func(t *testing.T) {
+		endAsTCPConnectionsDo(t, func() (near, far Stream) { return lanes(t, hub, site) })
+	})
+	t.Run("Open and Accept obey their contexts", func(t *testing.T) {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		why := errors.New("why")
+		cancel(why)
+		for name, f := range map[string]func(context.Context) (Stream, error){"Open": site.Open, "OpenLane": site.OpenLane, "Accept": hub.Accept} {
+			if _, err := f(ctx); !errors.Is(err, why) {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+	})
+}
+
+func endAsTCPConnectionsDo(t *testing.T, pair func() (near, far Stream)) {
 	t.Run("Close wakes this end's reader and ends the other's", func(t *testing.T) {
-		near, far := streams(t, site, hub)
+		near, far := pair()
 		var wg sync.WaitGroup
 		wg.Go(func() {
 			if _, err := near.Read(make([]byte, 1)); !errors.Is(err, net.ErrClosed) {
@@ -37,7 +57,7 @@ func TestStreamsEndAsTCPConnectionsDo(t *testing.T) {
 		far.Close()
 	})
 	t.Run("who writes to a closed stream is reset", func(t *testing.T) {
-		near, far := streams(t, site, hub)
+		near, far := pair()
 		near.Close()
 		var err error
 		for err == nil {
@@ -48,7 +68,7 @@ func TestStreamsEndAsTCPConnectionsDo(t *testing.T) {
 		}
 	})
 	t.Run("Reset ends both ends at once, whatever was under way", func(t *testing.T) {
-		near, far := streams(t, site, hub)
+		near, far := pair()
 		if _, err := near.Write(make([]byte, 100)); err != nil {
 			t.Fatal(err)
 		}
@@ -66,7 +86,7 @@ func TestStreamsEndAsTCPConnectionsDo(t *testing.T) {
 		}
 	})
 	t.Run("deadlines", func(t *testing.T) {
-		near, far := streams(t, site, hub)
+		near, far := pair()
 		defer near.Close()
 		defer far.Close()
 		if err := near.SetDeadline(time.Unix(1, 0)); err != nil {
@@ -75,10 +95,7 @@ func TestStreamsEndAsTCPConnectionsDo(t *testing.T) {
 		if _, err := near.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
 			t.Errorf("read: %v", err)
 		}
-		if _, err := near.Write(make([]byte, 1<<20)); !errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Errorf("write: %v", err)
-		}
-		if err := near.SetDeadline(time.Time{}); err != nil {
+		if err := near.SetReadDeadline(time.Time{}); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := far.Write([]byte{1}); err != nil {
@@ -87,9 +104,12 @@ func TestStreamsEndAsTCPConnectionsDo(t *testing.T) {
 		if n, err := near.Read(make([]byte, 2)); n != 1 || err != nil {
 			t.Errorf("later: %d, %v", n, err)
 		}
+		if _, err := near.Write(make([]byte, 1<<20)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("write: %v", err)
+		}
 	})
 	t.Run("many writers of one stream do not overrun its window", func(t *testing.T) {
-		near, far := streams(t, site, hub)
+		near, far := pair()
 		var wg sync.WaitGroup
 		for range 8 {
 			wg.Go(func() {
@@ -107,17 +127,6 @@ func TestStreamsEndAsTCPConnectionsDo(t *testing.T) {
 		wg.Wait()
 		near.Close()
 		far.Close()
-	})
-	t.Run("Open and Accept obey their contexts", func(t *testing.T) {
-		ctx, cancel := context.WithCancelCause(t.Context())
-		why := errors.New("why")
-		cancel(why)
-		if _, err := site.Open(ctx); !errors.Is(err, why) {
-			t.Errorf("Open: %v", err)
-		}
-		if _, err := hub.Accept(ctx); !errors.Is(err, why) {
-			t.Errorf("Accept: %v", err)
-		}
 	})
 }
 

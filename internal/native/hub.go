@@ -338,7 +338,7 @@ func (h *Hub) carryLocked(to *Member, p *outPack) {
 	p.had[to] = true
 	p.using++
 	to.wg.Go(func() {
-		if err := sendPack(to.ctx, to.open, p.name, p.file, p.size, func() {}); err != nil && to.ctx.Err() == nil {
+		if err := sendPack(to.ctx, to.link, p.name, p.file, p.size, func() {}); err != nil && to.ctx.Err() == nil {
 			h.opt.Log.Warn("a model did not reach a site", "site", to.site, "err", err)
 			to.leave(err)
 		}
@@ -510,7 +510,7 @@ func (o HubOptions) progress(what string) {
 type Member struct {
 	hub      *Hub
 	site     string
-	open     OpenFunc
+	link     Opener
 	arrivals *arrivals
 	ctx      context.Context //nolint:containedctx // that of the link, which this is
 	end      context.CancelCauseFunc
@@ -523,9 +523,9 @@ type Member struct {
 }
 
 // Join makes a Member of a site's link. Call Leave at its end.
-func (h *Hub) Join(ctx context.Context, site string, open OpenFunc) *Member {
+func (h *Hub) Join(ctx context.Context, site string, link Opener) *Member {
 	ctx, end := context.WithCancelCause(ctx)
-	return &Member{hub: h, site: site, open: open, arrivals: newArrivals(&h.files), ctx: ctx, end: end, out: newOutbox(h.room)}
+	return &Member{hub: h, site: site, link: link, arrivals: newArrivals(&h.files), ctx: ctx, end: end, out: newOutbox(h.room)}
 }
 
 var errLeft = errors.New("the site's link has ended")

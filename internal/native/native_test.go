@@ -295,9 +295,9 @@ func newFaultyWorld(t testing.TB, sites, clients, workers int, isolation string,
 	for i := range sites {
 		l := &fakeLink{t: t, hub: w.hub, wrong: wrong}
 		l.ctx, l.cut = context.WithCancel(ctx)
-		l.member = w.hub.Join(l.ctx, fmt.Sprintf("site-%d", i+1), l.openToSite)
+		l.member = w.hub.Join(l.ctx, fmt.Sprintf("site-%d", i+1), Opener{Open: l.openToSite})
 		l.site = NewSite(SiteOptions{
-			Name: fmt.Sprintf("site-%d", i+1), Clients: clients, Workers: workers, Isolation: isolation, Open: l.openToHub,
+			Name: fmt.Sprintf("site-%d", i+1), Clients: clients, Workers: workers, Isolation: isolation, Link: Opener{Open: l.openToHub},
 			NodeConfig: func(c int) any { return map[string]any{"partition-id": i*clients + c} },
 			Start: func(int) (Process, error) {
 				n := w.starts.Add(1)

@@ -23,6 +23,12 @@ type Stream = relay.Stream
 // OpenFunc opens a stream of the link to a target.
 type OpenFunc func(ctx context.Context, target string) (Stream, error)
 
+// Opener opens streams of a link.
+type Opener struct {
+	Open OpenFunc
+	Lane OpenFunc // opens one that carries much for less, and breaks when the link is cut; nil: there are none
+}
+
 // Process is a Python process and the runner's end of its socket pair.
 type Process struct {
 	Conn net.Conn

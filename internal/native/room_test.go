@@ -43,7 +43,7 @@ func newCrowd(t *testing.T) *crowd {
 	ctx, cancel := context.WithCancel(t.Context())
 	c := &crowd{T: t, hub: NewHub(HubOptions{}), gate: make(chan struct{}), over: make(chan struct{}), ran: make(chan error, 1)}
 	c.hub.room = newRoom(few)
-	c.member = c.hub.Join(ctx, "a", nil)
+	c.member = c.hub.Join(ctx, "a", Opener{})
 	var wg sync.WaitGroup
 	pipe := func() (net.Conn, *conn) {
 		ours, theirs := net.Pipe()
@@ -69,11 +69,11 @@ func newCrowd(t *testing.T) *crowd {
 			})
 			return Process{Conn: ours, Done: done, Exit: func() string { return "exit code 0" }, Stop: func(time.Duration) { theirs.close() }}, nil
 		},
-		Open: func(context.Context, string) (Stream, error) {
+		Link: Opener{Open: func(context.Context, string) (Stream, error) {
 			a, b := net.Pipe()
 			wg.Go(func() { _ = c.member.Serve(Target, pipeStream{b}) })
 			return pipeStream{a}, nil
-		},
+		}},
 	})
 	site.room = newRoom(few)
 	linked := make(chan struct{})

@@ -46,7 +46,7 @@ type SiteOptions struct {
 	App        StartApp                        // what the workers run
 	Start      func(slot int) (Process, error) // starts a worker's process; slots count from 0
 	NoSpare    bool                            // slots have devices of their own: none is started ahead of its turn on those of another
-	Open       OpenFunc                        // to the hub's runner
+	Link       Opener                          // to the hub's runner
 	Log        *slog.Logger                    // nil: nothing is logged
 	OnReady    func(Readiness)                 // once, when the first worker is ready
 	OnDeath    func(how string, busy bool)
@@ -184,7 +184,7 @@ func (s *Site) Run(ctx context.Context, linked <-chan struct{}) error {
 
 // control joins the hub, and takes its messages.
 func (s *Site) control(ctx context.Context) error {
-	st, err := s.opt.Open(ctx, Target)
+	st, err := s.opt.Link.Open(ctx, Target)
 	if err != nil {
 		return err
 	}
@@ -665,7 +665,7 @@ func (s *Site) serve(ctx context.Context, w *worker, t *task) error {
 		sent := sync.OnceFunc(func() { <-w.sent })
 		defer sent()
 		defer a.file.Close()
-		if err := sendPack(ctx, s.opt.Open, out.Pack, a.file, a.size, sent); err != nil {
+		if err := sendPack(ctx, s.opt.Link, out.Pack, a.file, a.size, sent); err != nil {
 			if ctx.Err() != nil { // or else the link lives, and somebody waits for this
 				return
 			}

@@ -116,7 +116,7 @@ func (r *runner) nativeHub(ctx context.Context) error {
 	links.Go(func() error { return ignoreDone(linked, acceptor.Serve(linked, ln)) })
 	links.Go(func() error {
 		return ignoreDone(linked, r.links(linked, acceptor, told, func(ctx context.Context, s *link.Session) error {
-			m := hub.Join(ctx, s.Peer().Site, opener(s))
+			m := hub.Join(ctx, s.Peer().Site, opener(func() *link.Session { return s }))
 			defer m.Leave()
 			return relay.Streams(ctx, s.Accept, func(_ context.Context, target string, st relay.Stream) {
 				if err := m.Serve(target, st); err != nil && ctx.Err() == nil {
@@ -150,9 +150,15 @@ func (r *runner) nativeHub(ctx context.Context) error {
 	return nil
 }
 
-func opener(s *link.Session) native.OpenFunc {
-	return func(ctx context.Context, target string) (native.Stream, error) {
-		return relay.Open(ctx, target, s.Open)
+// opener opens streams of the session that there is when one is wanted.
+func opener(session func() *link.Session) native.Opener {
+	return native.Opener{
+		Open: func(ctx context.Context, target string) (native.Stream, error) {
+			return relay.Open(ctx, target, session().Open)
+		},
+		Lane: func(ctx context.Context, target string) (native.Stream, error) {
+			return relay.Open(ctx, target, session().OpenLane)
+		},
 	}
 }
 
@@ -321,9 +327,7 @@ func (r *runner) workers(ctx, gctx context.Context, p *prepared, linked <-chan s
 			_, process, err := h.start("client", devices.env(slot)...)
 			return process, err
 		},
-		Open: func(ctx context.Context, target string) (native.Stream, error) {
-			return opener(session())(ctx, target)
-		},
+		Link: opener(session),
 		OnReady: func(ready native.Readiness) {
 			if ready.Error != "" {
 				r.note(job.KindWarning, job.Text{Message: fmt.Sprintf("the ClientApp could not be loaded at %s, and each message is answered with an error: %s", r.spec.Party, ready.Error)})
