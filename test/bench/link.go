@@ -343,6 +343,16 @@ func (h *linkHouse) bulk(ctx context.Context, o linkOptions, w io.Writer) (bool,
 		return false, err
 	}
 	defer whole.stop()
+	site, err := h.dial(ctx, hub.addr, "", "lane")
+	if err != nil {
+		return false, err
+	}
+	far, err := r.a.Accept(ctx)
+	if err != nil {
+		return false, err
+	}
+	through := &ends{site, far}
+	defer through.close()
 	ways := []struct {
 		name string
 		pair func() (net.Conn, net.Conn, error)
@@ -350,6 +360,9 @@ func (h *linkHouse) bulk(ctx context.Context, o linkOptions, w io.Writer) (bool,
 		{"TCP alone", func() (net.Conn, net.Conn, error) { return h.pairOf(ctx, false) }},
 		{"TLS alone", func() (net.Conn, net.Conn, error) { return h.pairOf(ctx, true) }},
 		{"TLS, one stream of a session", func() (net.Conn, net.Conn, error) { return direct.stream(ctx) }},
+		{"TLS, a lane", func() (net.Conn, net.Conn, error) { return direct.lane(ctx) }},
+		{"TLS, hub, one stream of a session", func() (net.Conn, net.Conn, error) { return through.stream(ctx) }},
+		{"TLS, hub, a lane", func() (net.Conn, net.Conn, error) { return through.lane(ctx) }},
 		{"program, relay, TLS, hub, relay, program", func() (net.Conn, net.Conn, error) { return whole.connect(ctx) }},
 	}
 	speeds, costs := make([][]float64, len(ways)), make([][]float64, len(ways))
@@ -417,6 +430,15 @@ func (e *ends) stream(ctx context.Context) (near, far net.Conn, err error) {
 	return s, f, err
 }
 
+func (e *ends) lane(ctx context.Context) (near, far net.Conn, err error) {
+	s, err := e.site.OpenLane(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	f, err := e.hub.Accept(ctx)
+	return s, f, err
+}
+
 // direct gives a session over TLS with no hub between.
 func (h *linkHouse) direct(ctx context.Context) (*ends, func(), error) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -468,6 +490,9 @@ type prefaced struct {
 	r    io.Reader
 	left int
 }
+
+// NetConn gives the connection below, as tls.Conn's does.
+func (p *prefaced) NetConn() net.Conn { return p.Conn }
 
 func (p *prefaced) Read(b []byte) (int, error) {
 	if p.left == 0 {

@@ -465,6 +465,9 @@ func small(ctx context.Context, o nativeOptions, version string) error {
 // large: one array of many megabytes, 2 clients at 2 sites, across the hub.
 func large(ctx context.Context, o nativeOptions, version string) error {
 	s := setting{clients: 2, rounds: o.orRounds(3), numbers: o.megabytes * 1_000_000 / bytesPerNumber}
+	if _, err := o.onPergola(ctx, version, setting{clients: 2, rounds: 1, numbers: 10}); err != nil { // fills caches
+		return err
+	}
 	a, err := o.onPlain(ctx, version, s)
 	if err != nil {
 		return err
