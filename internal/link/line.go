@@ -26,7 +26,7 @@ const (
 	// maxUnsent is how many bytes may wait to be sent for the first time: what the multiplexer puts in comes out in
 	// order, so a small request waits for all of it.
 	maxUnsent = 256 << 10
-	// keepRing is how much memory an emptied replay buffer keeps while there is traffic.
+	// keepRing is how much memory an emptied replay buffer keeps while there is little traffic.
 	keepRing = 1 << 20
 	// ackDelay is how long an end waits for more to acknowledge.
 	ackDelay = 25 * time.Millisecond
@@ -71,11 +71,12 @@ type line struct {
 	established bool   // dialling end: the other end has the session
 	attached    bool   // there has been a transport
 
-	out   ring   // what the other end has not acknowledged
-	acked uint64 // offset of its first byte
-	sent  uint64 // offset to send from next, over this transport
-	high  uint64 // offset up to which anything was ever sent
-	limit uint64 // offset up to which the other end takes bytes
+	out   ring      // what the other end has not acknowledged
+	full  time.Time // when it was last larger than keepRing
+	acked uint64    // offset of its first byte
+	sent  uint64    // offset to send from next, over this transport
+	high  uint64    // offset up to which anything was ever sent
+	limit uint64    // offset up to which the other end takes bytes
 
 	in       ring   // what has not been read
 	received uint64 // offset of what comes next
@@ -188,6 +189,9 @@ func (l *line) Write(b []byte) (int, error) {
 			continue
 		}
 		l.out.write(b[done : done+n])
+		if l.out.n > keepRing {
+			l.full = time.Now()
+		}
 		done += n
 		if l.tr != nil {
 			l.tr.poke()
@@ -474,7 +478,7 @@ func (l *line) ackedLocked(received, limit uint64) {
 	l.out.discard(int(received - l.acked))
 	l.acked = received
 	l.limit = max(l.limit, limit)
-	if l.out.n == 0 && len(l.out.buf) > keepRing { // a smaller one would be made anew at once; it goes when the line is idle
+	if l.out.n == 0 && len(l.out.buf) > keepRing && time.Since(l.full) > time.Second { // one that is in use would be made anew at once
 		l.out.release()
 	}
 	l.room.Broadcast()
