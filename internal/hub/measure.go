@@ -73,7 +73,7 @@ func newMeasures() *measures {
 		apiStreams:   prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: "pergola_api_streams", Help: "Streams of the API that are open."}, []string{"procedure"}),
 		storeSeconds: hists("pergola_store_seconds", "How long calls of the store took.", quick, "operation"),
 		storeErrors:  vec("pergola_store_errors_total", "Calls of the store that failed, by the code of the problem.", "operation", "code"),
-		linksOpened:  counter("pergola_links_opened_total", "Links of sites' runners that were joined with the hub's."),
+		linksOpened:  counter("pergola_links_opened_total", "Connections of links, and their lanes, that were joined with the hub's runners."),
 		linkBytes:    vec("pergola_link_bytes_total", "Bytes of links that the hub passed on.", "direction"),
 		outages:      counter("pergola_link_outages_total", "Outages of links that were long enough to be noted as events."),
 		cuts:         counter("pergola_link_cuts_total", "Connections of links that were lost, as the hub's runners told."),

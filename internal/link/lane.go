@@ -135,21 +135,27 @@ func (l *line) openLane(ctx context.Context) (*lane, error) {
 	var err error
 	select {
 	case la := <-come:
-		return la, nil
+		if la != nil {
+			return la, nil
+		}
+		err = ErrNoLane
 	case <-ctx.Done():
 		err = context.Cause(ctx)
 	case <-l.over.Done():
 		err = ErrNoLane
 	}
 	l.mu.Lock()
+	_, waiting := l.asked[number]
 	delete(l.asked, number)
 	l.mu.Unlock()
-	select {
-	case la := <-come: // in this moment
-		return la, nil
-	default:
-		return nil, l.laneFailed(ctx, err)
+	if !waiting { // it comes in this moment
+		l.spawn(func() {
+			if la := <-come; la != nil {
+				la.destroy()
+			}
+		})
 	}
+	return nil, l.laneFailed(ctx, err)
 }
 
 // laneFailed makes of an error what a caller can go by, and notes that there are no lanes for now.
@@ -207,8 +213,11 @@ func (l *line) dialLane(ctx context.Context, number uint64) (*lane, error) {
 // ask is told by the accepting end that it wants a lane. One that cannot be had is not answered: whoever wants it has a time for that.
 func (l *line) ask(tr *transport, number uint64) error {
 	l.mu.Lock()
-	current, full := l.tr == tr, len(l.lanes) >= maxLanes
-	may := l.dialer != nil && l.version >= lanesSince && number > 0
+	current, full := l.tr == tr, len(l.lanes)+l.dialling >= maxLanes
+	may := l.dialer != nil && l.version >= lanesSince
+	if current && may && !full {
+		l.dialling++
+	}
 	l.mu.Unlock()
 	switch {
 	case !current:
@@ -222,6 +231,9 @@ func (l *line) ask(tr *transport, number uint64) error {
 		ctx, cancel := context.WithTimeout(l.over, laneWait)
 		defer cancel()
 		la, err := l.dialLane(ctx, number)
+		l.mu.Lock()
+		l.dialling--
+		l.mu.Unlock()
 		if err != nil {
 			l.opts.log().Info("link: no lane", "session", l.id, "because", err)
 			return
@@ -282,23 +294,31 @@ func (a *Acceptor) lane(peer Peer, conn net.Conn, f frame) error {
 	}
 	// Before the answer: the other end may use it at once.
 	la, err := l.lane(conn)
-	if err != nil {
-		return fmt.Errorf("a lane of %s: %w", peer.Site, err)
-	}
-	_, err = conn.Write(appendFrame(nil, startFrame(id).in(f.version)))
 	if err == nil {
-		err = conn.SetDeadline(time.Time{})
+		if err = la.start(f.version); err != nil {
+			la.destroy()
+		}
 	}
-	if err != nil {
-		la.destroy()
-		return fmt.Errorf("start a lane of %s: %w", peer.Site, err)
-	}
-	if come != nil {
+	switch {
+	case err != nil:
+		if come != nil {
+			close(come)
+		}
+		return fmt.Errorf("a lane of %s: %w", peer.Site, err)
+	case come != nil:
 		come <- la // has room for one
-		return nil
+	default:
+		l.hand(la)
 	}
-	l.hand(la)
 	return nil
+}
+
+// start tells the dialling end that it has its lane.
+func (la *lane) start(version uint16) error {
+	if _, err := la.conn.Write(appendFrame(nil, startFrame(la.l.id).in(version))); err != nil {
+		return err
+	}
+	return la.conn.SetDeadline(time.Time{})
 }
 
 // Read implements net.Conn.
@@ -377,8 +397,13 @@ func (la *lane) write(piece []byte) error {
 		_, err = la.conn.Write(head)
 	default:
 		la.wire.hold()
-		if _, err = la.conn.Write(head); err == nil && len(piece) > 0 {
-			_, err = la.conn.Write(piece)
+		_, err = la.conn.Write(head)
+		for err == nil && len(piece) > 0 {
+			n := min(len(piece), sendBuffer)
+			if _, err = la.conn.Write(piece[:n]); err == nil {
+				err = la.writeBy.move(la.conn.SetWriteDeadline) // slow is not still
+			}
+			piece = piece[n:]
 		}
 		if e := la.wire.release(); err == nil {
 			err = e

@@ -232,6 +232,61 @@ func TestNoLanes(t *testing.T) {
 	}
 }
 
+// slowly is a listener whose connections, but the first, take their time to write.
+type slowly struct {
+	net.Listener
+	count int
+}
+
+func (l *slowly) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if l.count++; l.count == 1 || err != nil {
+		return c, err
+	}
+	return slowConn{c}, nil
+}
+
+type slowConn struct{ net.Conn }
+
+func (c slowConn) Write(b []byte) (int, error) {
+	time.Sleep(laneWait - time.Second)
+	return c.Conn.Write(b)
+}
+
+// A lane that comes when nobody waits for it any more is nobody's, and goes.
+func TestLateLanes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := same(chaos.Script{Down: chaos.Way{Delay: 3 * time.Second}})
+		a := NewAcceptor(Options{})
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if err := a.Serve(ctx, &slowly{Listener: n.Listener()}); err != nil {
+				t.Error(err)
+			}
+		})
+		defer wg.Wait()
+		defer cancel()
+		site, err := Dial(t.Context(), as(n, anna), Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		hub, err := a.Accept(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer hub.Close()
+		defer site.Close()
+		// The hub asks, its ASK takes 3 s, and its answer to the lane 9 s.
+		if _, err := hub.OpenLane(t.Context()); !errors.Is(err, ErrNoLane) {
+			t.Errorf("a lane: %v", err)
+		}
+		time.Sleep(2 * laneWait)
+		hub.has(t, 0)
+		site.has(t, 0)
+	})
+}
+
 // In an outage there is no lane, and nobody waits for one.
 func TestNoLaneInAnOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

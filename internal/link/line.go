@@ -98,6 +98,7 @@ type line struct {
 	asks     uint64                // lanes that this end, which does not dial, has asked for
 	asked    map[uint64]chan *lane // those that have not come
 	toAsk    []uint64              // those that the other end has not been told of
+	dialling int                   // lanes that the other end has asked this one for, which dials
 	laneless time.Time             // when one could not be had; zero if the link was cut since
 
 	laneSent, laneReceived atomic.Int64 // bytes
@@ -603,7 +604,9 @@ func (l *line) frames(tr *transport, b []byte) (out []byte, until time.Time, ove
 		l.room.Broadcast()
 	}
 	for _, number := range l.toAsk {
-		b = appendUnit(b, unit{kind: frameAsk, number: number})
+		if l.asked[number] != nil { // it is still waited for: maxLanes at most
+			b = appendUnit(b, unit{kind: frameAsk, number: number})
+		}
 	}
 	l.toAsk = nil
 	if l.closing && l.sent == end {

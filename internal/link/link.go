@@ -10,6 +10,8 @@
 //	      └─ transports        transport.go: frames of DATA, ACK, PING, CLOSE; one at a time, each begins with
 //	                           HELLO{session, secret, position} ─▶ ◀─ WELCOME{position} or REFUSE{reason}
 //
+// What is much and can be sent again may have a lane beside that, lane.go: a stream on a connection of its own, which costs less and ends with it.
+//
 // Both ends send something at least every few seconds; an end that hears nothing for 15 s takes the path for dead, and the
 // dialling end makes a new one. Start with [Dial] and [NewAcceptor]; docs/link-protocol.md has the protocol.
 package link
