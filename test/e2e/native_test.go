@@ -6,10 +6,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/pergolafl/pergola/internal/job"
+	"github.com/pergolafl/pergola/internal/localrun"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/pyenv"
 )
@@ -185,6 +187,58 @@ func TestNativeOutage(t *testing.T) {
 		if m.Errors > 0 {
 			t.Errorf("the strategy saw an error: %+v", m)
 		}
+	}
+}
+
+// Large packs have connections of their own. When one breaks, or all do, in the middle of a pack, the pack goes another way.
+func TestNativeLanes(t *testing.T) {
+	t.Parallel()
+	for _, all := range []bool{false, true} {
+		t.Run(map[bool]string{false: "one connection breaks", true: "all break"}[all], func(t *testing.T) {
+			t.Parallel()
+			hub := freeAddress(t)
+			n := &network{to: hub, much: 20 << 20} // of 128 MiB
+			var mu sync.Mutex
+			broken, carried := map[bool]int{}, map[bool]int{} // by direction: connections
+			n.passed = func(out bool) bool {
+				mu.Lock()
+				defer mu.Unlock()
+				carried[out]++
+				if broken[out] > 0 {
+					return false
+				}
+				broken[out]++
+				if all {
+					n.wg.Go(func() {
+						n.set(cut)
+						time.Sleep(time.Second) // the outage is what is tested
+						n.set(up)
+					})
+				}
+				return true
+			}
+			n.start(t)
+			r := start(t, spec{app: "big", args: []string{
+				"--flwr", newest, "--engine", "native", "--sites", "1", "--run-config", "mebibytes=128", "--listen", hub, "--site-dials", "site-1=" + n.addr(),
+			}})
+			res := r.end()
+			if res.Code != 0 || res.Summary.State != job.Succeeded {
+				t.Fatalf("exit %d, %s", res.Code, causeText(res.Summary))
+			}
+			const want = "came back: 1 of 1 parts, 134217728 bytes seen by the client"
+			if !slices.ContainsFunc(res.Events, func(e event) bool { return e.Kind == localrun.KindLog && strings.Contains(string(e.Body), want) }) {
+				t.Errorf("the server app did not say %q", want)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			// The lane that broke, and the link, by which the pack came in its place.
+			if broken[true] != 1 || broken[false] != 1 || carried[true] != 2 || carried[false] != 2 {
+				t.Errorf("connections broken and used, towards the hub %d and %d, from it %d and %d", broken[true], carried[true], broken[false], carried[false])
+			}
+			if cuts := len(res.Summary.Link); all != (cuts == 1) {
+				t.Errorf("the link of %d sites was cut: %+v", cuts, res.Summary.Link)
+			}
+		})
 	}
 }
 

@@ -18,6 +18,11 @@ type network struct {
 
 	slow *slowness // nil: as fast as this machine
 
+	// passed is told when a connection has carried so many bytes towards the address (out) or from it; true breaks that connection. 0:
+	// nobody is told.
+	much   int64
+	passed func(out bool) bool
+
 	mu    sync.Mutex // guards the rest
 	state netState
 	conns map[net.Conn]struct{}
@@ -101,16 +106,21 @@ const (
 // forward starts a network between whoever dials its address and the given one. It ends with the test.
 func forward(t *testing.T, to string) *network {
 	t.Helper()
-	return forwardSlowly(t, to, nil)
+	return (&network{to: to}).start(t)
 }
 
 func forwardSlowly(t *testing.T, to string, slow *slowness) *network {
+	t.Helper()
+	return (&network{to: to, slow: slow}).start(t)
+}
+
+func (n *network) start(t *testing.T) *network {
 	t.Helper()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	n := &network{ln: ln, to: to, slow: slow, conns: map[net.Conn]struct{}{}}
+	n.ln, n.conns = ln, map[net.Conn]struct{}{}
 	n.wg.Go(func() {
 		for {
 			c, err := ln.Accept()
@@ -191,23 +201,27 @@ func (n *network) carry(c net.Conn) {
 	done := make(chan struct{}, 2)
 	for _, way := range [][2]net.Conn{{c, far}, {far, c}} {
 		n.wg.Go(func() {
-			n.copy(way[1], way[0])
+			n.copy(way[1], way[0], way[1] == far)
 			done <- struct{}{}
 		})
 	}
 	<-done // one way's end ends both: TLS needs no half-closed connections
 }
 
-func (n *network) copy(dst, src net.Conn) {
+func (n *network) copy(dst, src net.Conn, out bool) {
 	if n.slow != nil {
 		n.slow.copy(dst, src, n.passes)
 		return
 	}
 	buf := make([]byte, 64<<10)
-	for {
+	for total := int64(0); ; {
 		k, err := src.Read(buf)
 		if k > 0 && n.passes() {
 			if _, werr := dst.Write(buf[:k]); werr != nil {
+				return
+			}
+			total += int64(k)
+			if total >= n.much && total-int64(k) < n.much && n.passed(out) {
 				return
 			}
 		}
