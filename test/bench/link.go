@@ -131,8 +131,9 @@ func (h *linkHouse) party(site string) (*tls.Config, error) {
 
 // hubChild is a process that is a hub as far as links go: TLS on one side, a runner's socket on the other.
 type hubChild struct {
-	cmd  *exec.Cmd
-	addr string
+	cmd   *exec.Cmd
+	leash io.Closer // its end, however this process ends, is the child's
+	addr  string
 }
 
 func (h *linkHouse) startHub(ctx context.Context, listen string) (*hubChild, error) {
@@ -144,6 +145,9 @@ func (h *linkHouse) startHub(ctx context.Context, listen string) (*hubChild, err
 	c.cmd.Stderr = os.Stderr
 	out, err := c.cmd.StdoutPipe()
 	if err != nil {
+		return nil, err
+	}
+	if c.leash, err = c.cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
 	if err := c.cmd.Start(); err != nil {
@@ -160,6 +164,7 @@ func (h *linkHouse) startHub(ctx context.Context, listen string) (*hubChild, err
 }
 
 func (c *hubChild) stop() {
+	_ = c.leash.Close()
 	_ = c.cmd.Process.Kill() // it may have ended
 	_ = c.cmd.Wait()
 }
@@ -202,6 +207,10 @@ func hubMain(ctx context.Context, args []string, stdout io.Writer) error {
 		return err
 	}
 	defer context.AfterFunc(ctx, func() { ln.Close() })()
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin) // until whoever started this is gone
+		ln.Close()
+	}()
 	fmt.Fprintln(stdout, listeningLine+ln.Addr().String())
 	conf := pki.ServerTLS(cert, roots, link.ALPN)
 	for {
