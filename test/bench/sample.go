@@ -16,12 +16,13 @@ const markVar = "BENCH_MARK"
 
 // samples collects what all processes of a run use: those with the run's folder in their environment.
 type samples struct {
-	mark string
-	own  map[int]bool          // whether a pid belongs to the run; what is not there was not looked at yet
-	cpu  map[int]time.Duration // by pid, the last seen
-	kind map[int]string
-	peak int64            // of all processes together at one moment: proportional set sizes, so that shared pages count once
-	anon map[string]int64 // by role of Pergola's processes: the most anonymous memory, which the Go side holds by itself
+	mark      string
+	own       map[int]bool          // whether a pid belongs to the run; what is not there was not looked at yet
+	cpu       map[int]time.Duration // by pid, the last seen
+	kind      map[int]string
+	peak      int64            // of all processes together at one moment: proportional set sizes, so that shared pages count once
+	unweighed bool             // memory is not summed up
+	anon      map[string]int64 // by role of Pergola's processes: the most anonymous memory, which the Go side holds by itself
 }
 
 func newSamples(mark string) *samples {
@@ -33,7 +34,7 @@ func (s *samples) watch(ctx context.Context) {
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	for i := 0; ; i++ {
-		s.look(i%5 == 0)
+		s.look(i%5 == 0 && !s.unweighed)
 		select {
 		case <-ctx.Done():
 			return
