@@ -181,10 +181,14 @@ func (p *memFiles) close() {
 type arrivals struct {
 	files *memFiles
 
-	mu     sync.Mutex // guards the rest
-	packs  map[string]*arrival
-	closed bool
+	mu      sync.Mutex // guards the rest
+	packs   map[string]*arrival
+	dropped []string // names of the last maxDropped that came and went, oldest first
+	closed  bool
 }
+
+// maxDropped is how many names are remembered of packs that are done. One comes again if its sender could not hear that it is here.
+const maxDropped = 1024
 
 // arrival is one of them. What it has besides done is set before done is closed.
 type arrival struct {
@@ -202,6 +206,10 @@ func newArrivals(files *memFiles) *arrivals {
 func (a *arrivals) of(name string) *arrival {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	return a.ofLocked(name)
+}
+
+func (a *arrivals) ofLocked(name string) *arrival {
 	p := a.packs[name]
 	if p == nil {
 		p = &arrival{done: make(chan struct{})}
@@ -232,13 +240,21 @@ func (a *arrivals) take(s io.Reader) error {
 	if f.T != tPack || f.Name == "" || f.Size < 0 {
 		return errFrame("a stream of a pack begins with %q", f.T)
 	}
+	if a.isDropped(f.Name) {
+		_, err := io.CopyN(io.Discard, s, f.Size)
+		return err
+	}
 	file, err := a.files.get("pack", f.Size)
 	if err == nil {
 		err = receive(s, file, f.Size)
 	}
-	p := a.of(f.Name)
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if slices.Contains(a.dropped, f.Name) { // in the meantime
+		closeFiles([]*os.File{file})
+		return err
+	}
+	p := a.ofLocked(f.Name)
 	select {
 	case <-p.done: // twice, or too late
 		closeFiles([]*os.File{file})
@@ -257,6 +273,13 @@ func (a *arrivals) take(s io.Reader) error {
 	}
 	close(p.done)
 	return err
+}
+
+// isDropped tells whether a pack has come and gone.
+func (a *arrivals) isDropped(name string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Contains(a.dropped, name)
 }
 
 // wait waits until a pack is there, and gives its size. It stays the arrivals'.
@@ -284,6 +307,10 @@ func (a *arrivals) drop(name string) *os.File {
 	if p == nil {
 		return nil
 	}
+	if len(a.dropped) == maxDropped {
+		a.dropped = slices.Delete(a.dropped, 0, 1)
+	}
+	a.dropped = append(a.dropped, name)
 	select {
 	case <-p.done:
 		return p.file
