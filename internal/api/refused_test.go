@@ -5,34 +5,20 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"testing"
-	"time"
 
 	pb "github.com/pergolafl/pergola/internal/api/pergola/v1"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/internal/uplink"
 )
 
 // A certificate that the hub refuses is told as that, also when the refusal comes between the handshake and the first request.
 func TestRefusedCertificate(t *testing.T) {
-	auth, err := pki.NewAuthority("test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert := func(id pki.Identity) tls.Certificate {
-		k, err := auth.NewKeypair(id, nil, time.Hour)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c, err := k.Certificate()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
-	}
+	auth := pkitest.Authority(t, "test")
 	over := x509.CertificateInvalidError{Reason: x509.Expired}
 	ln, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{
-		Certificates: []tls.Certificate{cert(pki.Identity{Kind: pki.KindHub, Name: pki.HubName})},
+		Certificates: []tls.Certificate{pkitest.Cert(t, auth, pki.Identity{Kind: pki.KindHub, Name: pki.HubName})},
 		ClientAuth:   tls.RequireAnyClientCert, NextProtos: []string{"h2"}, MinVersion: tls.VersionTLS13,
 		VerifyConnection: func(tls.ConnectionState) error { return &tls.CertificateVerificationError{Err: over} },
 	})
@@ -56,7 +42,7 @@ func TestRefusedCertificate(t *testing.T) {
 		}
 	}()
 	t.Cleanup(func() { ln.Close(); <-done })
-	conf := pki.ClientTLS(cert(pki.Identity{Kind: pki.KindSite, Name: "a"}), auth.Roots(), pki.HubName)
+	conf := pki.ClientTLS(pkitest.Cert(t, auth, pki.Identity{Kind: pki.KindSite, Name: "a"}), auth.Roots(), pki.HubName)
 	conf.NextProtos = []string{"h2"}
 	d, err := uplink.New(uplink.Config{Hubs: []string{ln.Addr().String()}, TLS: conf})
 	if err != nil {

@@ -50,15 +50,16 @@ var layer = map[string]int{
 	"relay":                           1,
 	"sandbox":                         1,
 
-	"bundle":  2,
-	"fleet":   2,
-	"flower":  2,
-	"launch":  2,
-	"metrics": 2,
-	"native":  2,
-	"nvflare": 2,
-	"pyenv":   2,
-	"uplink":  2, // it knows the hub's certificates
+	"bundle":      2,
+	"fleet":       2,
+	"flower":      2,
+	"launch":      2,
+	"metrics":     2,
+	"native":      2,
+	"nvflare":     2,
+	"pki/pkitest": 2,
+	"pyenv":       2,
+	"uplink":      2, // it knows the hub's certificates
 
 	"api":             3, // the wire's forms of jobs and events
 	"audit":           3,
@@ -124,7 +125,7 @@ var only = map[string][]string{
 	"github.com/rogpeppe/go-internal/testscript": {},
 	"go.uber.org/goleak":                         {},
 	"pgregory.net/rapid":                         {"store/storetest"},
-	"testing":                                    {"store/storetest", "store/pgtest"},
+	"testing":                                    {"store/storetest", "store/pgtest", "pki/pkitest"},
 }
 
 // A goPackage is what `go list -json` tells of a package; Imports excludes those of tests.

@@ -10,6 +10,7 @@ import (
 
 	"github.com/pergolafl/pergola/internal/enrol"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -61,9 +62,6 @@ func TestJoinInADirectoryThatIsThere(t *testing.T) {
 
 func newAuthority(t *testing.T) *pki.Authority {
 	t.Helper()
-	a, err := pki.NewAuthority("test")
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := pkitest.Authority(t, "test")
 	return a
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -32,14 +33,8 @@ func TestContexts(t *testing.T) {
 	if _, err := Load(""); problem.CodeOf(err) != problem.Usage || !strings.Contains(err.Error(), "no hub is known") {
 		t.Errorf("without any: %v", err)
 	}
-	auth, err := pki.NewAuthority("test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	k, err := auth.NewKeypair(pki.Identity{Kind: pki.KindUser, Name: "anna"}, nil, time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
+	auth := pkitest.Authority(t, "test")
+	k := pkitest.Keypair(t, auth, pki.Identity{Kind: pki.KindUser, Name: "anna"})
 	for _, n := range []string{"clinic", "lab"} {
 		if err := Save(Context{Name: n, Hubs: []string{n + ".example.org:8443"}, User: "anna"}, k); err != nil {
 			t.Fatal(err)
@@ -124,10 +119,7 @@ func (b *brittle) TailLogs(_ context.Context, req *pb.TailLogsRequest, out pergo
 
 func serve(t *testing.T, h pergolav1connect.JobServiceHandler) *api.Client {
 	t.Helper()
-	auth, err := pki.NewAuthority("test")
-	if err != nil {
-		t.Fatal(err)
-	}
+	auth := pkitest.Authority(t, "test")
 	pair := func(id pki.Identity) pki.Keypair {
 		k, err := auth.NewKeypair(id, []string{"127.0.0.1"}, time.Hour)
 		if id.Kind == pki.KindUser {

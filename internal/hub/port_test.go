@@ -16,6 +16,7 @@ import (
 
 	"github.com/pergolafl/pergola/internal/link"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 )
 
 // hostile are ways to begin a handshake and not to end it.
@@ -61,10 +62,7 @@ func TestStrangersAreBounded(t *testing.T) {
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &files); err != nil || files.Max < 17_000 {
 		t.Skip("not enough descriptors: ", files.Max, err)
 	}
-	auth, err := pki.NewAuthority("test")
-	if err != nil {
-		t.Fatal(err)
-	}
+	auth := pkitest.Authority(t, "test")
 	s := &served{T: t, auth: auth}
 	conf := pki.ServerTLS(s.cert(pki.Identity{Kind: pki.KindHub, Name: pki.HubName}), auth.Roots(), "h2", link.ALPN)
 	var lc net.ListenConfig
@@ -143,10 +141,7 @@ func TestStrangersAreBounded(t *testing.T) {
 
 // Newcomers, who need no certificate, are strangers until they are served: they count as such, and are not kept for ever.
 func TestNewcomersAreBounded(t *testing.T) {
-	auth, err := pki.NewAuthority("test")
-	if err != nil {
-		t.Fatal(err)
-	}
+	auth := pkitest.Authority(t, "test")
 	s := &served{T: t, auth: auth}
 	conf := auth.WithJoin(pki.ServerTLS(s.cert(pki.Identity{Kind: pki.KindHub, Name: pki.HubName}), auth.Roots(), "h2", link.ALPN))
 	var lc net.ListenConfig

@@ -27,6 +27,7 @@ import (
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/link"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -64,9 +65,7 @@ func serveWith(t *testing.T, more Config, before func(*Hub)) *served {
 	t.Helper()
 	s := &served{T: t, dir: t.TempDir()}
 	var err error
-	if s.auth, err = pki.NewAuthority("test"); err != nil {
-		t.Fatal(err)
-	}
+	s.auth = pkitest.Authority(t, "test")
 	if err := s.auth.Save(s.dir); err != nil {
 		t.Fatal(err)
 	}
@@ -114,15 +113,7 @@ func serveWith(t *testing.T, more Config, before func(*Hub)) *served {
 
 func (s *served) cert(id pki.Identity) tls.Certificate {
 	s.Helper()
-	pair, err := s.auth.NewKeypair(id, nil, time.Hour)
-	if err != nil {
-		s.Fatal(err)
-	}
-	cert, err := pair.Certificate()
-	if err != nil {
-		s.Fatal(err)
-	}
-	return cert
+	return pkitest.Cert(s, s.auth, id)
 }
 
 func (s *served) as(id pki.Identity) *api.Client {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 )
 
 // calls counts what reaches the network.
@@ -36,7 +37,7 @@ func (c *calls) Write(b []byte) (int, error) {
 func secured(t *testing.T) (*tls.Conn, *tls.Conn, [2]*calls) {
 	t.Helper()
 	var below [2]*calls
-	ca, cert := authority(t)
+	ca := pkitest.Authority(t, "test")
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	must(t, err)
 	t.Cleanup(func() { ln.Close() })
@@ -46,8 +47,8 @@ func secured(t *testing.T) (*tls.Conn, *tls.Conn, [2]*calls) {
 		t.Cleanup(func() { c.Close() })
 		below[i] = &calls{Conn: c}
 	}
-	hub := cert(pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
-	client := tls.Client(Coalesce(below[0]), pki.ClientTLS(cert(pki.Identity{Kind: pki.KindSite, Name: "a"}), ca.Roots(), pki.HubName))
+	hub := pkitest.Cert(t, ca, pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
+	client := tls.Client(Coalesce(below[0]), pki.ClientTLS(pkitest.Cert(t, ca, pki.Identity{Kind: pki.KindSite, Name: "a"}), ca.Roots(), pki.HubName))
 	server := tls.Server(Coalesce(below[1]), &tls.Config{Certificates: []tls.Certificate{hub}})
 	shaken := make(chan error, 1)
 	go func() { shaken <- server.Handshake() }()

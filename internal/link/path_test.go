@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/test/chaos"
 )
@@ -183,35 +184,14 @@ func TestWindowFillsALongFatPath(t *testing.T) {
 	})
 }
 
-// authority gives one, and what makes certificates of it.
-func authority(t *testing.T) (*pki.Authority, func(pki.Identity) tls.Certificate) {
-	t.Helper()
-	ca, err := pki.NewAuthority("test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ca, func(id pki.Identity) tls.Certificate {
-		t.Helper()
-		k, err := ca.NewKeypair(id, nil, time.Hour)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c, err := k.Certificate()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
-	}
-}
-
 // site runner ═ TLS ═ hub ═ unix socket ═ hub runner, as in a job.
 func TestWholeWay(t *testing.T) {
-	ca, cert := authority(t)
+	ca := pkitest.Authority(t, "test")
 	sock, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	port, err := tls.Listen("tcp", "127.0.0.1:0", pki.ServerTLS(cert(pki.Identity{Kind: pki.KindHub, Name: "hub"}), ca.Roots(), ALPN))
+	port, err := tls.Listen("tcp", "127.0.0.1:0", pki.ServerTLS(pkitest.Cert(t, ca, pki.Identity{Kind: pki.KindHub, Name: "hub"}), ca.Roots(), ALPN))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -259,7 +239,7 @@ func TestWholeWay(t *testing.T) {
 		}
 	})
 	dialer := func(id pki.Identity) Dialer {
-		d := &tls.Dialer{Config: pki.ClientTLS(cert(id), ca.Roots(), "hub", ALPN)}
+		d := &tls.Dialer{Config: pki.ClientTLS(pkitest.Cert(t, ca, id), ca.Roots(), "hub", ALPN)}
 		return func(ctx context.Context) (net.Conn, error) { return d.DialContext(ctx, "tcp", port.Addr().String()) }
 	}
 
@@ -312,12 +292,14 @@ func TestWholeWay(t *testing.T) {
 		if _, err := io.ReadFull(far, make([]byte, 6)); err != nil {
 			t.Error(err)
 		}
-		near.Reset()
+		if err := near.Reset(); err != nil {
+			t.Error(err)
+		}
 		if _, err := far.Read(make([]byte, 1)); !errors.Is(err, ErrReset) {
 			t.Errorf("a lane that broke: %v", err)
 		}
 		far.Close()
-		<-spliced // however it was told
+		t.Log("the hub was told", <-spliced)
 	}
 	site.Close()
 	<-hub.Done()

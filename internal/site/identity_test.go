@@ -15,6 +15,7 @@ import (
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -66,14 +67,8 @@ func (w otherWriter) Flush() {
 // An agent plays with older and newer hubs: with an older one it does without what that cannot, and one that is too new is refused with both
 // named, for good.
 func TestHubsOfOtherAges(t *testing.T) {
-	auth, err := pki.NewAuthority("here")
-	if err != nil {
-		t.Fatal(err)
-	}
-	hubPair, err := auth.NewKeypair(pki.Identity{Kind: pki.KindHub, Name: pki.HubName}, nil, time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
+	auth := pkitest.Authority(t, "here")
+	hubPair := pkitest.Keypair(t, auth, pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
 	hubCert, err := hubPair.Certificate()
 	if err != nil {
 		t.Fatal(err)

@@ -23,6 +23,7 @@ import (
 	"github.com/pergolafl/pergola/internal/api/pergola/v1/pergolav1connect"
 	"github.com/pergolafl/pergola/internal/monitor"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 )
 
 // watchStub is a hub that wants nothing, and ends its streams when told.
@@ -44,18 +45,9 @@ func (w watchStub) WatchDesired(ctx context.Context, _ *pb.WatchDesiredRequest, 
 
 // An agent tells at its socket, and nowhere else, how it is: before it reaches its hub, while it does, and afterwards.
 func TestStatus(t *testing.T) {
-	auth, err := pki.NewAuthority("here")
-	if err != nil {
-		t.Fatal(err)
-	}
-	pair, err := auth.NewKeypair(pki.Identity{Kind: pki.KindSite, Name: "st-anna"}, nil, time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
-	hubPair, err := auth.NewKeypair(pki.Identity{Kind: pki.KindHub, Name: pki.HubName}, nil, time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
+	auth := pkitest.Authority(t, "here")
+	pair := pkitest.Keypair(t, auth, pki.Identity{Kind: pki.KindSite, Name: "st-anna"})
+	hubPair := pkitest.Keypair(t, auth, pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
 	hubCert, err := hubPair.Certificate()
 	if err != nil {
 		t.Fatal(err)

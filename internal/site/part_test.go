@@ -2,7 +2,6 @@ package site
 
 import (
 	"context"
-	"crypto/tls"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -20,6 +19,7 @@ import (
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/logs"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -84,34 +84,20 @@ func (lost) Flush()                      {}
 // dialStub serves h and gives a part of an agent that calls it.
 func dialStub(t *testing.T, h *hubStub, attempt int32) *part {
 	t.Helper()
-	auth, err := pki.NewAuthority("here")
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert := func(id pki.Identity) tls.Certificate {
-		pair, err := auth.NewKeypair(id, nil, time.Hour)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c, err := pair.Certificate()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
-	}
+	auth := pkitest.Authority(t, "here")
 	log := slog.New(slog.DiscardHandler)
 	srv := api.NewServer(log)
 	pergolav1connect.RegisterSiteServiceHandler(srv, h)
 	mux := http.NewServeMux()
 	api.Mount(mux, srv)
 	ts := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { h.ServeHTTP(w, r, mux) }))
-	ts.TLS = pki.ServerTLS(cert(pki.Identity{Kind: pki.KindHub, Name: pki.HubName}), auth.Roots(), "http/1.1")
+	ts.TLS = pki.ServerTLS(pkitest.Cert(t, auth, pki.Identity{Kind: pki.KindHub, Name: pki.HubName}), auth.Roots(), "http/1.1")
 	ts.Config.ErrorLog = slog.NewLogLogger(log.Handler(), slog.LevelDebug)
 	ts.StartTLS()
 	t.Cleanup(ts.Close)
 	a := &Agent{dir: t.TempDir(), log: log, parts: map[job.ID]*part{}, last: map[job.ID]*part{}, taken: map[job.ID][]string{}, freed: make(chan struct{})}
 	a.conf.Name = "a"
-	a.client = api.NewClient(ts.Listener.Addr().String(), pki.ClientTLS(cert(pki.Identity{Kind: pki.KindSite, Name: "a"}), auth.Roots(), pki.HubName))
+	a.client = api.NewClient(ts.Listener.Addr().String(), pki.ClientTLS(pkitest.Cert(t, auth, pki.Identity{Kind: pki.KindSite, Name: "a"}), auth.Roots(), pki.HubName))
 	t.Cleanup(a.client.Close)
 	return newPart(a, job.NewID(time.Now()), &pb.DesiredParty{Attempt: attempt})
 }

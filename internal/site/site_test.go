@@ -7,10 +7,10 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/pergolafl/pergola/internal/config"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/internal/problem"
 )
 
@@ -43,14 +43,8 @@ func TestHubsOfTheConfiguration(t *testing.T) {
 
 // What is wrong with the way to the hub is said at the start, with the file, and without a proxy's password.
 func TestOpenSaysWhatIsWrong(t *testing.T) {
-	auth, err := pki.NewAuthority("here")
-	if err != nil {
-		t.Fatal(err)
-	}
-	pair, err := auth.NewKeypair(pki.Identity{Kind: pki.KindSite, Name: "st-anna"}, nil, time.Hour)
-	if err != nil {
-		t.Fatal(err)
-	}
+	auth := pkitest.Authority(t, "here")
+	pair := pkitest.Keypair(t, auth, pki.Identity{Kind: pki.KindSite, Name: "st-anna"})
 	for text, want := range map[string]string{
 		`hub = "hub.test:8443"`: "",
 		`hub = ["a:1", "b:1"]` + "\nproxy = \"http://u:secret@p:3128\"": "",

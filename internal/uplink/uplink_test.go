@@ -26,6 +26,7 @@ import (
 	"golang.org/x/net/dns/dnsmessage"
 
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/internal/problem"
 	"github.com/pergolafl/pergola/test/chaos"
 )
@@ -49,25 +50,11 @@ type house struct {
 
 func newHouse(t *testing.T, name string) house {
 	t.Helper()
-	a, err := pki.NewAuthority(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert := func(id pki.Identity) tls.Certificate {
-		k, err := a.NewKeypair(id, nil, time.Hour)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c, err := k.Certificate()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
-	}
+	a := pkitest.Authority(t, name)
 	return house{
 		auth:   a,
-		server: pki.ServerTLS(cert(pki.Identity{Kind: pki.KindHub, Name: pki.HubName}), a.Roots(), alpn),
-		site:   pki.ClientTLS(cert(pki.Identity{Kind: pki.KindSite, Name: "st-anna"}), a.Roots(), pki.HubName, alpn),
+		server: pki.ServerTLS(pkitest.Cert(t, a, pki.Identity{Kind: pki.KindHub, Name: pki.HubName}), a.Roots(), alpn),
+		site:   pki.ClientTLS(pkitest.Cert(t, a, pki.Identity{Kind: pki.KindSite, Name: "st-anna"}), a.Roots(), pki.HubName, alpn),
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 
 	"github.com/pergolafl/pergola/internal/link"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/test/chaos"
 )
 
@@ -349,23 +350,9 @@ func TestReorderedReconnects(t *testing.T) {
 // tlsPair gives a session over mutual TLS over the network.
 func tlsPair(t *testing.T, n *chaos.Network, opts link.Options) (site, hub *link.Session) {
 	t.Helper()
-	ca, err := pki.NewAuthority("test")
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert := func(id pki.Identity) tls.Certificate {
-		k, err := ca.NewKeypair(id, nil, 1000*time.Hour)
-		if err != nil {
-			t.Fatal(err)
-		}
-		c, err := k.Certificate()
-		if err != nil {
-			t.Fatal(err)
-		}
-		return c
-	}
-	client := pki.ClientTLS(cert(pki.Identity{Kind: pki.KindParty, Name: anna.Site, Job: anna.Job}), ca.Roots(), pki.HubName, link.ALPN)
-	server := pki.ServerTLS(cert(pki.Identity{Kind: pki.KindHub, Name: pki.HubName}), ca.Roots(), link.ALPN)
+	ca := pkitest.Authority(t, "test")
+	client := pki.ClientTLS(pkitest.Cert(t, ca, pki.Identity{Kind: pki.KindParty, Name: anna.Site, Job: anna.Job}), ca.Roots(), pki.HubName, link.ALPN)
+	server := pki.ServerTLS(pkitest.Cert(t, ca, pki.Identity{Kind: pki.KindHub, Name: pki.HubName}), ca.Roots(), link.ALPN)
 	d := dialer(func(ctx context.Context) (net.Conn, error) {
 		c, err := n.Dial(ctx)
 		if err != nil {

@@ -24,6 +24,7 @@ import (
 	"github.com/pergolafl/pergola/internal/hub"
 	"github.com/pergolafl/pergola/internal/job"
 	"github.com/pergolafl/pergola/internal/pki"
+	"github.com/pergolafl/pergola/internal/pki/pkitest"
 	"github.com/pergolafl/pergola/internal/prepare"
 	"github.com/pergolafl/pergola/internal/proc"
 	"github.com/pergolafl/pergola/internal/pyenv"
@@ -94,10 +95,7 @@ type fleetOf struct {
 
 func daemons(t *testing.T, names ...string) *fleetOf {
 	t.Helper()
-	auth, err := pki.NewAuthority("test")
-	if err != nil {
-		t.Fatal(err)
-	}
+	auth := pkitest.Authority(t, "test")
 	root := t.TempDir()
 	addrs := []string{freeAddress(t), freeAddress(t)}
 	f := &fleetOf{mark: "restart", auth: auth}
