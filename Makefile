@@ -99,7 +99,7 @@ soak: ## Run the whole table of faults, then every fuzz target and faults of the
 	$(GO) test ./internal/doctor -run TestDeep -deep
 	$(GO) test ./internal/hub -run TestManyQueued -queued 10000
 	$(GO) test ./internal/native/python -every-flwr -timeout 60m
-	$(GO) test ./test/chaos -run TestSoak -timeout 0 -soak $(SOAKTIME)
+	$(GO) test ./test/chaos -run "TestSoak|TestLanes" -timeout 0 -soak $(SOAKTIME)
 	tools/fuzz.sh $(SOAKTIME) $(filter-out ./...,$(PKG))
 
 .PHONY: bench
