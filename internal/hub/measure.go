@@ -334,7 +334,7 @@ var (
 	descBundles     = desc("pergola_bundles", "Bundles that the hub keeps.")
 	descBundleBytes = desc("pergola_bundle_packed_bytes", "Size of the bundles as they were uploaded.")
 	descControllers = desc("pergola_controllers", "Jobs that this hub sees to.")
-	descLinks       = desc("pergola_links", "Links that are up.")
+	descLinks       = desc("pergola_links", "Connections of links, and their lanes, that are up.")
 	descHandshakes  = desc("pergola_port_handshakes", "Connections to the hub's port that have not said yet who they are.")
 	descFree        = desc("pergola_disk_free_bytes", "Free space of the file system of that folder.", "folder")
 	descSize        = desc("pergola_disk_size_bytes", "Size of the file system of that folder.", "folder")

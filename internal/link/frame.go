@@ -16,15 +16,21 @@ import (
 //	PING   number: 0                             no body
 //	CLOSE  number: offset of the end             no body
 //	ASK    number: of the lane that is wanted    no body
+//	NO     number: of the lane that is not had   body: why (1)
 const (
 	frameData  = 1
 	frameAck   = 2
 	framePing  = 3
 	frameClose = 4
 	frameAsk   = 5
+	frameNo    = 6
 
 	unitHead = 12
 	ackBody  = 8
+	noBody   = 1
+
+	noFull = 1 // there are as many lanes as there may be
+	noWay  = 2 // it could not be made
 	// MaxData is how many bytes one DATA frame carries at most.
 	MaxData = 64 << 10
 )
@@ -36,7 +42,7 @@ func violation(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", errViolation, fmt.Sprintf(format, args...))
 }
 
-// unit is the head of such a frame; limit is an ACK's body. A DATA frame's body is left to be read.
+// unit is the head of such a frame; limit is the body of an ACK or a NO. A DATA frame's body is left to be read.
 type unit struct {
 	kind   byte
 	length int
@@ -47,8 +53,11 @@ type unit struct {
 func appendUnit(b []byte, u unit) []byte {
 	b = append(b, u.kind, byte(u.length>>16), byte(u.length>>8), byte(u.length))
 	b = binary.BigEndian.AppendUint64(b, u.number)
-	if u.kind == frameAck {
+	switch u.kind {
+	case frameAck:
 		b = binary.BigEndian.AppendUint64(b, u.limit)
+	case frameNo:
+		b = append(b, byte(u.limit))
 	}
 	return b
 }
@@ -75,15 +84,25 @@ func readUnit(r io.Reader, b *[unitHead + ackBody]byte) (unit, error) {
 		ok = u.length == 0
 	case frameAsk:
 		ok = u.length == 0 && u.number > 0
+	case frameNo:
+		ok = u.length == noBody && u.number > 0
 	}
 	if !ok {
 		return unit{}, violation("a frame of type %d, %d bytes, number %d", u.kind, u.length, u.number)
 	}
-	if u.kind == frameAck {
+	switch u.kind {
+	case frameAck:
 		if _, err := io.ReadFull(r, b[unitHead:]); err != nil {
 			return unit{}, noEOF(err)
 		}
 		u.limit = binary.BigEndian.Uint64(b[unitHead:])
+	case frameNo:
+		if _, err := io.ReadFull(r, b[unitHead:unitHead+noBody]); err != nil {
+			return unit{}, noEOF(err)
+		}
+		if u.limit = uint64(b[unitHead]); u.limit != noFull && u.limit != noWay {
+			return unit{}, violation("NO for reason %d", u.limit)
+		}
 	}
 	return u, nil
 }

@@ -56,6 +56,7 @@ const (
 	refuseGone    = 3 // this peer has no such session, or not with that secret
 	refuseClosed  = 4 // the session was closed in order
 	refuseStale   = 5 // a later attempt of the same session has been here
+	refuseFull    = 6 // the session has as many lanes as it may have
 )
 
 // sessionID names a session for as long as it lives, over however many transports.
@@ -195,6 +196,11 @@ func readStartIn(r io.Reader, id sessionID, version uint16) error {
 	if err != nil {
 		return noEOF(err)
 	}
+	return f.start(id, version)
+}
+
+// start reads a START of session id.
+func (f frame) start(id sessionID, version uint16) error {
 	if f.kind != frameStart || f.version != version || len(f.body) != idSize || sessionID(f.body) != id {
 		return errNotLink
 	}

@@ -113,6 +113,7 @@ func FuzzReadUnit(f *testing.F) {
 	f.Add(appendUnit(nil, unit{kind: frameClose, number: 77}))
 	f.Add(appendUnit(nil, unit{kind: frameAsk, number: 1}))
 	f.Add(appendUnit(nil, unit{kind: frameAsk}))
+	f.Add(appendUnit(nil, unit{kind: frameNo, length: noBody, number: 1, limit: noWay}))
 	f.Add([]byte{0, 0xff, 0xff, 0xff})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		r := bytes.NewReader(b)
@@ -121,7 +122,7 @@ func FuzzReadUnit(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if u.length > MaxData || u.kind < frameData || u.kind > frameAsk {
+		if u.length > MaxData || u.kind < frameData || u.kind > frameNo {
 			t.Errorf("read %+v", u)
 		}
 		if again := appendUnit(nil, u); !bytes.HasPrefix(b, again) || r.Len() != len(b)-len(again) {

@@ -36,8 +36,8 @@ func (s *Session) has(t *testing.T, n int) {
 	synctest.Wait()
 	s.line.mu.Lock()
 	defer s.line.mu.Unlock()
-	if len(s.line.lanes) != n || len(s.line.asked) != 0 {
-		t.Errorf("%d lanes and %d that are waited for, want %d", len(s.line.lanes), len(s.line.asked), n)
+	if l := s.line; len(l.lanes) != n || len(l.asked) != 0 || l.ours+l.theirs != n {
+		t.Errorf("%d lanes, %d that are waited for, and %d places taken; want %d", len(l.lanes), len(l.asked), l.ours+l.theirs, n)
 	}
 }
 
@@ -148,7 +148,7 @@ func TestDeadLanesEnd(t *testing.T) {
 			t.Errorf("the reader was told %v", err)
 		}
 		wg.Wait()
-		if took := time.Since(begun); took > laneStall+2*time.Second {
+		if took := time.Since(begun); took > 2*laneStall+maxPiece*time.Second/slowest+2*time.Second {
 			t.Errorf("after %v", took)
 		}
 		near.Close()
@@ -318,7 +318,7 @@ func TestLanesAreFewAndEndWithTheSession(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			site, hub := over(t, &chaos.Network{}, Options{})
 			var all []Stream
-			for i := range maxLanes {
+			for i := range 2 * maxLanes {
 				from, to := site, hub
 				if i%2 == 1 {
 					from, to = hub, site
@@ -350,6 +350,258 @@ func TestLanesAreFewAndEndWithTheSession(t *testing.T) {
 	}
 }
 
+// Of many that are wanted at once there are as many as there may be; the others hear so at once, and those that come later have theirs.
+func TestManyLanesAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := same(chaos.Script{Up: chaos.Way{Delay: 50 * time.Millisecond}, Down: chaos.Way{Delay: 50 * time.Millisecond}})
+		site, hub := over(t, n, Options{})
+		ctx, cancel := context.WithCancel(t.Context())
+		var taking sync.WaitGroup
+		for _, s := range []*Session{site, hub} {
+			taking.Go(func() {
+				for {
+					far, err := s.Accept(ctx)
+					if err != nil {
+						return
+					}
+					far.Close()
+				}
+			})
+		}
+		for range 3 {
+			var all sync.WaitGroup
+			var got, full atomic.Int32
+			begun, dialled := time.Now(), n.Count()
+			for i := range 64 {
+				all.Go(func() {
+					st, err := []*Session{site, hub}[i%2].OpenLane(t.Context())
+					switch {
+					case err == nil:
+						got.Add(1)
+						st.Close()
+					case errors.Is(err, errFull):
+						full.Add(1)
+					default:
+						t.Error(err)
+					}
+				})
+			}
+			all.Wait()
+			if took := time.Since(begun); took > time.Second {
+				t.Errorf("it took %v", took)
+			}
+			if got.Load() != 2*maxLanes || got.Load()+full.Load() != 64 || n.Count()-dialled != 2*maxLanes {
+				t.Errorf("%d lanes, %d too many, %d connections", got.Load(), full.Load(), n.Count()-dialled)
+			}
+			time.Sleep(time.Second)
+			site.has(t, 0)
+			hub.has(t, 0)
+		}
+		cancel()
+		taking.Wait()
+	})
+}
+
+// An end says that it has no more, and not that there are none.
+func TestFullLanes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		site, hub := over(t, &chaos.Network{}, Options{})
+		full := func(s *Session, n int) {
+			s.line.mu.Lock()
+			defer s.line.mu.Unlock()
+			s.line.theirs += n // it has not heard of the end of so many
+		}
+		begun := time.Now()
+		for _, d := range [][2]*Session{{site, hub}, {hub, site}} {
+			full(d[1], 2*maxLanes)
+			for range 2 {
+				if _, err := d[0].OpenLane(t.Context()); !errors.Is(err, errFull) {
+					t.Errorf("one too many: %v", err)
+				}
+			}
+			full(d[1], -2*maxLanes)
+			near, far := lanes(t, d[0], d[1])
+			near.Close()
+			far.Close()
+			site.has(t, 0)
+			hub.has(t, 0)
+		}
+		if took := time.Since(begun); took > 0 {
+			t.Errorf("it took %v to know", took)
+		}
+	})
+}
+
+// A cut in the middle of an opening is why there is no lane, and none is missed later.
+func TestLaneOpeningIsCut(t *testing.T) {
+	for name, dial := range map[string]Dialer{
+		"while it is asked for": nil,
+		"while it is dialled": func(ctx context.Context) (net.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				n := same(chaos.Script{Up: chaos.Way{Delay: 100 * time.Millisecond}, Down: chaos.Way{Delay: 100 * time.Millisecond}})
+				a, d := network(t, n, Options{})
+				var once atomic.Bool
+				site, err := Dial(t.Context(), d, Options{DialLane: func(ctx context.Context) (net.Conn, error) {
+					if dial != nil && once.CompareAndSwap(false, true) {
+						return dial(ctx)
+					}
+					return d(ctx)
+				}})
+				if err != nil {
+					t.Fatal(err)
+				}
+				hub, err := a.Accept(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer hub.Close()
+				defer site.Close()
+				time.Sleep(time.Second)
+				begun := time.Now()
+				time.AfterFunc(50*time.Millisecond, n.Cut)
+				opener := hub
+				if dial != nil {
+					opener = site
+				}
+				if _, err := opener.OpenLane(t.Context()); !errors.Is(err, ErrNoLane) {
+					t.Errorf("a lane: %v", err)
+				}
+				if took := time.Since(begun); dial == nil && took > time.Second {
+					t.Errorf("it took %v to know", took)
+				}
+				echo(t, site, hub)
+				for _, d := range [][2]*Session{{site, hub}, {hub, site}} {
+					near, far := lanes(t, d[0], d[1])
+					near.Close()
+					far.Close()
+				}
+			})
+		})
+	}
+}
+
+// Lanes that break again and again while the link does not are not for this way.
+func TestLanesThatBreak(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &chaos.Network{Next: func(i int) chaos.Script {
+			if i == 0 {
+				return chaos.Script{}
+			}
+			return chaos.Script{Up: chaos.Way{After: 1 << 10, Then: chaos.Cut}}
+		}}
+		site, hub := over(t, n, Options{})
+		for range maxBroken {
+			near, far := lanes(t, site, hub)
+			if _, err := io.Copy(near, bytes.NewReader(make([]byte, 4<<20))); !errors.Is(err, ErrReset) {
+				t.Errorf("the lane carries on: %v", err)
+			}
+			if _, err := io.Copy(io.Discard, far); !errors.Is(err, ErrReset) {
+				t.Errorf("the lane came to its end: %v", err)
+			}
+			near.Close()
+			far.Close()
+		}
+		for _, s := range []*Session{site, hub} {
+			if _, err := s.OpenLane(t.Context()); !errors.Is(err, ErrNoLane) {
+				t.Errorf("one more: %v", err)
+			}
+		}
+		time.Sleep(laneRest)
+		near, far := lanes(t, hub, site)
+		near.Close()
+		far.Close()
+	})
+}
+
+// What is slow, or far behind what was written, does not stand still.
+func TestSlowLanes(t *testing.T) {
+	const size = 1 << 20
+	for name, ways := range map[string][2]chaos.Way{
+		"slow":                             {{Rate: 2 << 10, Queue: 64 << 10}},
+		"with much between its ends":       {{Rate: 8 << 10, Queue: 4 << 20}},
+		"slow, and much between its ends":  {{Rate: 3 << 10, Queue: 700 << 10}},
+		"with little room on the way back": {{Rate: 1 << 10, Queue: 16 << 10}, {Queue: 80}},
+	} {
+		for _, d := range []string{"of the site", "of the hub"} {
+			t.Run(name+", "+d, func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					n := &chaos.Network{Next: func(i int) chaos.Script {
+						if i == 0 {
+							return chaos.Script{}
+						}
+						if d == "of the hub" {
+							return chaos.Script{Up: ways[1], Down: ways[0]}
+						}
+						return chaos.Script{Up: ways[0], Down: ways[1]}
+					}}
+					site, hub := over(t, n, Options{})
+					from, to := site, hub
+					if d == "of the hub" {
+						from, to = hub, site
+					}
+					near, far := lanes(t, from, to)
+					var wg sync.WaitGroup
+					wg.Go(func() {
+						_, err := near.Write(make([]byte, size))
+						if err == nil {
+							err = near.CloseWrite()
+						}
+						if err == nil {
+							_, err = near.Read(make([]byte, 1))
+						}
+						if !errors.Is(err, io.EOF) {
+							t.Errorf("the sender heard %v", err)
+						}
+						near.Close()
+					})
+					if _, err := io.CopyN(io.Discard, far, size); err != nil {
+						t.Errorf("the receiver: %v", err)
+					}
+					far.Close()
+					wg.Wait()
+				})
+			})
+		}
+	}
+}
+
+// What a closing end has said arrives, though the other has something left to say.
+func TestClosedLanesLinger(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		site, hub := over(t, &chaos.Network{}, Options{})
+		near, far := lanes(t, site, hub)
+		if _, err := near.Write([]byte("all of it")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(far, make([]byte, 9)); err != nil {
+			t.Fatal(err)
+		}
+		far.Close()
+		time.Sleep(2 * time.Second)
+		if err := near.CloseWrite(); err != nil {
+			t.Errorf("the sender's own end: %v", err)
+		}
+		if _, err := near.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+			t.Errorf("the sender heard %v", err)
+		}
+		near.Close()
+		site.has(t, 0)
+		hub.has(t, 0)
+		// Not for ever.
+		near, far = lanes(t, site, hub)
+		far.Close()
+		hub.has(t, 1)
+		time.Sleep(2 * closeWait)
+		hub.has(t, 0)
+		near.Close()
+	})
+}
+
 // A lane is for whoever has the session's secret, and its certificate's name.
 func TestWhoMayHaveALane(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -370,7 +622,7 @@ func TestWhoMayHaveALane(t *testing.T) {
 		} {
 			c2 := call(t, as(n, c.peer))
 			c2.say(c.frame)
-			if f, err := readFrame(c2); err == nil {
+			if f, err := readFrame(c2); err == nil && (f.kind != frameRefuse || f.body[0] != refuseGone) {
 				t.Errorf("%s: answered %+v", name, f)
 			}
 		}
@@ -386,11 +638,12 @@ func FuzzLane(f *testing.F) {
 	f.Add(append(piece(5, "hello"), piece(0, "")...))
 	f.Add(append(piece(5, "hello"), piece(9, "short")...))
 	f.Add(piece(maxPiece+1, "x"))
+	f.Add(append(piece(stillHere, ""), piece(1, "x")...))
 	f.Add([]byte{0, 0})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		near, far := net.Pipe()
 		l := newLine(sessionID{1}, [keySize]byte{}, anna, Options{})
-		la, err := l.lane(far)
+		la, err := l.adopt(far, true)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -407,6 +660,9 @@ func FuzzLane(f *testing.F) {
 		for r := b; len(r) >= pieceHead; {
 			n := binary.BigEndian.Uint32(r)
 			r = r[pieceHead:]
+			if n == stillHere {
+				continue
+			}
 			if whole = n == 0; whole || n > maxPiece {
 				break
 			}

@@ -95,17 +95,19 @@ type line struct {
 	dialer   Dialer   // dialling end
 	session  *Session // whose line this is
 	lanes    map[*lane]bool
-	asks     uint64                // lanes that this end, which does not dial, has asked for
-	asked    map[uint64]chan *lane // those that have not come
-	toAsk    []uint64              // those that the other end has not been told of
-	dialling int                   // lanes that the other end has asked this one for, which dials
-	laneless time.Time             // when one could not be had; zero if the link was cut since
+	ours     int                        // places of lanes that this end has opened, or is opening
+	theirs   int                        // and of those of the other end
+	asks     uint64                     // lanes that this end, which does not dial, has asked for
+	asked    map[uint64]chan laneAnswer // those that have not come
+	words    []unit                     // of ASK and NO that have not been said
+	laneless time.Time                  // when a lane could not be had; zero if the link was cut since
+	broken   int                        // lanes that broke in a row, while the link did not
 
 	laneSent, laneReceived atomic.Int64 // bytes
 }
 
 func newLine(id sessionID, secret [keySize]byte, peer Peer, opts Options) *line {
-	l := &line{id: id, secret: secret, peer: peer, opts: opts, buf: opts.Buffer, version: uint16(opts.speaks().Max), lanes: map[*lane]bool{}, asked: map[uint64]chan *lane{}}
+	l := &line{id: id, secret: secret, peer: peer, opts: opts, buf: opts.Buffer, version: uint16(opts.speaks().Max), lanes: map[*lane]bool{}, asked: map[uint64]chan laneAnswer{}}
 	if l.buf == 0 {
 		l.buf = DefaultBuffer
 	}
@@ -388,7 +390,7 @@ func (l *line) attachLocked(conn net.Conn, attempt uint32, mine, theirs position
 		l.stats.Away += outage.Resumed.Sub(outage.Cut)
 	}
 	l.attached = true
-	l.laneless = time.Time{}
+	l.laneless, l.broken = time.Time{}, 0
 	l.stats.Down = time.Time{}
 	for _, t := range []*time.Timer{l.expiry, l.notice} {
 		if t != nil {
@@ -422,6 +424,10 @@ func (l *line) detachLocked(tr *transport, err error) {
 	if l.closing && l.peerClosed {
 		l.finishLocked(nil) // all was said; only the other end may not have heard the last of it
 		return
+	}
+	l.words = nil
+	for number := range l.asked {
+		l.answerLocked(number, errLaneCut)
 	}
 	l.cutAt = time.Now()
 	if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -603,12 +609,12 @@ func (l *line) frames(tr *transport, b []byte) (out []byte, until time.Time, ove
 		l.high = max(l.high, l.sent)
 		l.room.Broadcast()
 	}
-	for _, number := range l.toAsk {
-		if l.asked[number] != nil { // it is still waited for: maxLanes at most
-			b = appendUnit(b, unit{kind: frameAsk, number: number})
+	for _, u := range l.words {
+		if u.kind == frameNo || l.asked[u.number] != nil { // it is still waited for: maxLanes at most, as there are of NO
+			b = appendUnit(b, u)
 		}
 	}
-	l.toAsk = nil
+	l.words = nil
 	if l.closing && l.sent == end {
 		b = appendUnit(b, unit{kind: frameClose, number: end})
 		tr.closeSent = true

@@ -374,6 +374,7 @@ func TestViolations(t *testing.T) {
 		"an ACK that takes back":                appendUnit(nil, ackUnit(0, 1<<29)),
 		"a PING with a body":                    {framePing, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0},
 		"a CLOSE before everything has arrived": appendUnit(nil, unit{kind: frameClose, number: 1}),
+		"a NO for no reason":                    appendUnit(nil, unit{kind: frameNo, length: noBody, number: 1, limit: 9}),
 		"an ASK of the end that dials":          appendUnit(nil, unit{kind: frameAsk, number: 1}),
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -21,6 +21,7 @@ func TestStreamsEndAsTCPConnectionsDo(t *testing.T) {
 	})
 	t.Run("lanes", func(t *testing.T) { endAsTCPConnectionsDo(t, func() (near, far Stream) { return lanes(t, site, hub) }) })
 	t.Run("lanes of the end that does not dial", func(t *testing.T) {
+		site, hub := pair(t) // lanes that are reset are broken, and three in a row are the last for a while
 		endAsTCPConnectionsDo(t, func() (near, far Stream) { return lanes(t, hub, site) })
 	})
 	t.Run("Open and Accept obey their contexts", func(t *testing.T) {

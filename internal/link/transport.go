@@ -21,11 +21,11 @@ const idleBuffer = 2 << 10
 
 var buffers = sync.Pool{New: func() any { return new([spliceBuffer]byte) }}
 
-// sendBuffer is the most that one write to a transport takes: an ACK, a DATA frame of sendData bytes, a CLOSE and some ASKs. It is four TLS
+// sendBuffer is the most that one write to a transport takes: an ACK, a DATA frame of sendData bytes, a CLOSE, and some of ASK or NO. It is four TLS
 // records, as large as they can be.
 const (
 	sendBuffer = 64 << 10
-	sendData   = sendBuffer - (unitHead + ackBody) - unitHead - unitHead - maxLanes*unitHead
+	sendData   = sendBuffer - (unitHead + ackBody) - unitHead - unitHead - maxLanes*(unitHead+noBody)
 )
 
 // sendBuffers have what is written, and what is read of one frame.
@@ -126,6 +126,10 @@ func (t *transport) read() error {
 			}
 		case frameAsk:
 			if err := t.l.ask(t, u.number); err != nil {
+				return err
+			}
+		case frameNo:
+			if err := t.l.denied(t, u); err != nil {
 				return err
 			}
 		case frameClose:

@@ -343,8 +343,8 @@ const packTries = 5
 // laneFrom is from how many bytes on a pack goes by a lane: what the opening of one costs, about 2 ms of processor time, is saved with one MB.
 const laneFrom = 4 << 20
 
-// sendPack sends a pack over a stream of its own, as often as it takes up to packTries. passed is called when the link has all of it: the
-// next may go. When it returns nil, the other end has all of it.
+// sendPack sends a pack over a stream of its own, as often as it takes up to packTries. passed is called when the link has all of it, if
+// that is before it is there: the next may go. When it returns nil, the other end has all of it.
 func sendPack(ctx context.Context, link Opener, name string, file *os.File, size int64, passed func()) error {
 	bo := backoff.NewExponentialBackOff()
 	bo.InitialInterval, bo.Multiplier = 200*time.Millisecond, 2
@@ -356,7 +356,8 @@ func sendPack(ctx context.Context, link Opener, name string, file *os.File, size
 		if l := lane; l != nil {
 			lane = nil // what has failed there goes the way that outlives outages
 			if s, err := l(ctx, PackTarget); err == nil {
-				return struct{}{}, sendOnce(ctx, s, name, file, size, passed)
+				// It is not passed before it is there: a lane does not give it back.
+				return struct{}{}, sendOnce(ctx, s, name, file, size, func() {})
 			}
 		}
 		s, err := link.Open(ctx, PackTarget)

@@ -35,10 +35,21 @@ func (r *runner) dial(ctx context.Context) (*link.Session, error) {
 	}
 	beginning, giveUp := context.WithCancelCause(ctx)
 	defer giveUp(nil)
+	// Of its own: what it finds out about the hub's addresses is the link's to go by.
+	lanes, err := uplink.New(uplink.Config{Hubs: r.spec.Hub, Proxy: r.spec.Proxy, TLS: conf})
+	if err != nil {
+		return nil, err
+	}
 	w := &way{site: r.spec.Party, dial: up.Dial, giveUp: giveUp, patience: blockedPatience, warn: func(text string) {
 		r.note(job.KindWarning, job.Text{Message: text})
 	}}
-	s, err := link.Dial(beginning, w.connect, link.Options{Log: r.log, Retry: r.spec.Spec.StartTimeout.Or(job.DefaultStartTimeout).Std(), Tolerance: r.tolerance(), DialLane: w.lane})
+	s, err := link.Dial(beginning, w.connect, link.Options{Log: r.log, Retry: r.spec.Spec.StartTimeout.Or(job.DefaultStartTimeout).Std(), Tolerance: r.tolerance(), DialLane: func(ctx context.Context) (net.Conn, error) {
+		c, err := lanes.Dial(ctx)
+		if err != nil {
+			return nil, err // and no connection, which a nil *tls.Conn would be
+		}
+		return c, nil
+	}})
 	if err != nil {
 		if c := context.Cause(ctx); errors.Is(c, errStop) || errors.Is(c, errKill) {
 			return nil, c
@@ -76,15 +87,6 @@ type way struct {
 	told  string     // the last warning
 	since time.Time  // when the way was found to be blocked; zero while it is not
 	was   bool       // it has been open
-}
-
-// lane dials for a lane. What keeps it from the hub is nobody's trouble: the link itself carries what it was for.
-func (w *way) lane(ctx context.Context) (net.Conn, error) {
-	c, err := w.dial(ctx)
-	if err != nil {
-		return nil, err // and no connection, which a nil *tls.Conn would be
-	}
-	return c, nil
 }
 
 func (w *way) connect(ctx context.Context) (net.Conn, error) {
