@@ -46,7 +46,8 @@ class This(Generation):
         self.LoadClientAppError = first("LoadClientAppError", "flwr.clientapp.client_app", "flwr.client.client_app")
 
     def array_records(self, content: Any) -> list[Any]:
-        return [r for _, r in sorted(content.array_records.items())]
+        found = [(k, r) for k, r in content.items() if isinstance(r, self.ArrayRecord)]
+        return [r for _, r in sorted(found, key=lambda kr: kr[0])]
 
     def with_array_records(self, content: Any, change: Callable[[Any], Any]) -> Any:
         new = self.RecordDict()

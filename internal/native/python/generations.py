@@ -42,12 +42,6 @@ def exists(module: str, *names: str) -> bool:
     return all(hasattr(m, n) for n in names)
 
 
-def known(call: Callable[..., Any], **kwargs: Any) -> dict[str, Any]:
-    """Give those of the arguments that a constructor of this generation takes."""
-    parameters = inspect.signature(call).parameters
-    return {k: v for k, v in kwargs.items() if k in parameters}
-
-
 def first(name: str, *modules: str) -> Any:
     """Give a name from the first of the modules that has it."""
     for module in modules:
@@ -100,7 +94,9 @@ class Generation(ABC):
         self.server_id = getattr(importlib.import_module("flwr.common.constant"), "SUPERLINK_NODE_ID", 0)
         self.load_app = first("load_app", "flwr.common.object_ref", "flwr.supercore.object_ref")
         self._texts: dict[str, str] = {}
+        # Looked up once: messages need them, and a signature costs as much as decoding one does.
         self._metadata_names = set(inspect.signature(self.Metadata.__init__).parameters)
+        self._context_names = set(inspect.signature(self.Context.__init__).parameters)
 
     # What only one of the roles needs is imported for that one: it takes a while.
 
@@ -235,16 +231,8 @@ class Generation(ABC):
 
     def context(self, run_id: int, node_id: int, node_config: Any, state: Any, run_config: Any) -> Any:
         """Make a context."""
-        return self.Context(
-            **known(
-                self.Context.__init__,
-                run_id=run_id,
-                node_id=node_id,
-                node_config=node_config,
-                state=state,
-                run_config=run_config,
-            )
-        )
+        fields = {"run_id": run_id, "node_id": node_id, "node_config": node_config, "state": state, "run_config": run_config}
+        return self.Context(**{k: v for k, v in fields.items() if k in self._context_names})
 
     def run(self, run_id: int, fab_id: str, fab_version: str, fab_hash: str, override: dict[str, Any]) -> Any:
         """Make the object that describes the run."""
