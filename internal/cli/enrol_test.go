@@ -16,7 +16,7 @@ import (
 
 // A directory of a site goes on with its hub: what would leave it between two is refused before the token is used up.
 func TestJoinInADirectoryThatIsThere(t *testing.T) {
-	mine, other := newAuthority(t), newAuthority(t)
+	mine, other := pkitest.Authority(t, "test"), pkitest.Authority(t, "test")
 	const name, old, fresh = "st-anna", "127.0.0.1:1", "127.0.0.2:1" // where nobody listens
 	for _, c := range []struct {
 		what      string
@@ -58,10 +58,4 @@ func TestJoinInADirectoryThatIsThere(t *testing.T) {
 			}
 		})
 	}
-}
-
-func newAuthority(t *testing.T) *pki.Authority {
-	t.Helper()
-	a := pkitest.Authority(t, "test")
-	return a
 }

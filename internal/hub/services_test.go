@@ -64,7 +64,6 @@ func serveAs(t *testing.T, more Config) *served {
 func serveWith(t *testing.T, more Config, before func(*Hub)) *served {
 	t.Helper()
 	s := &served{T: t, dir: t.TempDir()}
-	var err error
 	s.auth = pkitest.Authority(t, "test")
 	if err := s.auth.Save(s.dir); err != nil {
 		t.Fatal(err)

@@ -112,11 +112,7 @@ func (a *Acceptor) welcome(ctx context.Context, conn net.Conn) (*Session, error)
 		return nil, fmt.Errorf("read the HELLO of %s: %w", peer.Site, errNotLink)
 	}
 	refuseBy := func(r frame, err error) (*Session, error) {
-		_, werr := conn.Write(appendFrame(nil, r))
-		if werr == nil {
-			werr = ignoreClosed(conn.Close()) // in order, so that the reason arrives
-		}
-		return nil, errors.Join(fmt.Errorf("link of %s: %w", peer.Site, err), werr)
+		return nil, errors.Join(fmt.Errorf("link of %s: %w", peer.Site, err), refuseOn(conn, r))
 	}
 	refuse := func(reason byte, err error) (*Session, error) {
 		return refuseBy(refuseFrame(reason).in(f.version), err)
@@ -179,7 +175,12 @@ func Refuse(conn net.Conn) error {
 		return noEOF(err)
 	}
 	// There is nothing in it that a version could change.
-	if _, err := conn.Write(appendFrame(nil, refuseFrame(refusePeer).in(f.version))); err != nil {
+	return refuseOn(conn, refuseFrame(refusePeer).in(f.version))
+}
+
+// refuseOn says a REFUSE and ends the connection in order, so that the reason arrives.
+func refuseOn(conn net.Conn, r frame) error {
+	if _, err := conn.Write(appendFrame(nil, r)); err != nil {
 		return err
 	}
 	return ignoreClosed(conn.Close())

@@ -233,10 +233,11 @@ func (l *line) openLane(ctx context.Context) (*lane, error) {
 	l.mu.Lock()
 	_, waiting := l.asked[number]
 	delete(l.asked, number)
-	l.mu.Unlock()
 	if waiting {
-		l.release(true)
-	} else { // it comes in this moment
+		l.releaseLocked(true)
+	}
+	l.mu.Unlock()
+	if !waiting { // it comes in this moment
 		l.spawn(func() {
 			if a := <-come; a.err == nil {
 				a.la.destroy()
@@ -421,11 +422,7 @@ func (l *line) hand(la *lane) {
 // lane takes the greeting of a lane of a session that is there.
 func (a *Acceptor) lane(peer Peer, conn net.Conn, f frame) error {
 	refuse := func(reason byte, err error) error {
-		_, werr := conn.Write(appendFrame(nil, refuseFrame(reason).in(f.version)))
-		if werr == nil {
-			werr = ignoreClosed(conn.Close()) // in order, so that the reason arrives
-		}
-		return errors.Join(fmt.Errorf("a lane of %s: %w", peer.Site, err), werr)
+		return errors.Join(fmt.Errorf("a lane of %s: %w", peer.Site, err), refuseOn(conn, refuseFrame(reason).in(f.version)))
 	}
 	id, secret, number, err := f.lane()
 	if err != nil {
@@ -640,10 +637,15 @@ func (l *line) laneBroke(la *lane) {
 	}
 }
 
-// destroy ends the connection at once, and gives up the lane's place.
-func (la *lane) destroy() {
+// cut ends the connection at once.
+func (la *lane) cut() {
 	la.destroyed.Store(true)
 	hardClose(la.conn)
+}
+
+// destroy ends the connection at once, and gives up the lane's place.
+func (la *lane) destroy() {
+	la.cut()
 	l := la.l
 	l.mu.Lock()
 	defer l.mu.Unlock()

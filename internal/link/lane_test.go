@@ -20,14 +20,7 @@ import (
 // lanes gives both ends of a lane.
 func lanes(t *testing.T, from, to *Session) (near, far Stream) {
 	t.Helper()
-	near, err := from.OpenLane(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if far, err = to.Accept(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	return near, far
+	return opened(t, from.OpenLane, to)
 }
 
 // has waits until a session has so many lanes.
@@ -187,16 +180,7 @@ func TestNoLanes(t *testing.T) {
 						return lane(ctx)
 					}
 				}
-				site, err := Dial(t.Context(), d, opts)
-				if err != nil {
-					t.Fatal(err)
-				}
-				hub, err := a.Accept(t.Context())
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer hub.Close()
-				defer site.Close()
+				site, hub := joined(t, a, d, opts)
 				try := func() {
 					for _, s := range []*Session{site, hub} {
 						for range 3 {
@@ -257,26 +241,8 @@ func (c slowConn) Write(b []byte) (int, error) {
 func TestLateLanes(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		n := same(chaos.Script{Down: chaos.Way{Delay: 3 * time.Second}})
-		a := NewAcceptor(Options{})
-		ctx, cancel := context.WithCancel(t.Context())
-		var wg sync.WaitGroup
-		wg.Go(func() {
-			if err := a.Serve(ctx, &slowly{Listener: n.Listener()}); err != nil {
-				t.Error(err)
-			}
-		})
-		defer wg.Wait()
-		defer cancel()
-		site, err := Dial(t.Context(), as(n, anna), Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		hub, err := a.Accept(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer hub.Close()
-		defer site.Close()
+		a := accepting(t, &slowly{Listener: n.Listener()}, Options{})
+		site, hub := joined(t, a, as(n, anna), Options{})
 		// The hub asks, its ASK takes 3 s, and its answer to the lane 9 s.
 		if _, err := hub.OpenLane(t.Context()); !errors.Is(err, ErrNoLane) {
 			t.Errorf("a lane: %v", err)
@@ -446,21 +412,12 @@ func TestLaneOpeningIsCut(t *testing.T) {
 				n := same(chaos.Script{Up: chaos.Way{Delay: 100 * time.Millisecond}, Down: chaos.Way{Delay: 100 * time.Millisecond}})
 				a, d := network(t, n, Options{})
 				var once atomic.Bool
-				site, err := Dial(t.Context(), d, Options{DialLane: func(ctx context.Context) (net.Conn, error) {
+				site, hub := joined(t, a, d, Options{DialLane: func(ctx context.Context) (net.Conn, error) {
 					if dial != nil && once.CompareAndSwap(false, true) {
 						return dial(ctx)
 					}
 					return d(ctx)
 				}})
-				if err != nil {
-					t.Fatal(err)
-				}
-				hub, err := a.Accept(t.Context())
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer hub.Close()
-				defer site.Close()
 				time.Sleep(time.Second)
 				begun := time.Now()
 				time.AfterFunc(50*time.Millisecond, n.Cut)

@@ -247,8 +247,7 @@ func (l *line) finishLocked(err error) {
 		l.tr = nil
 	}
 	for la := range l.lanes {
-		la.destroyed.Store(true)
-		hardClose(la.conn)
+		la.cut()
 	}
 	l.out = ring{}
 	l.data.Broadcast()

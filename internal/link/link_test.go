@@ -22,13 +22,9 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var anna = Peer{Job: "01JABCDEFGHJKMNPQRSTVWXYZ0", Site: "st-anna"}
 
-// socket is a hub runner's unix socket with an acceptor on it.
-func socket(t *testing.T, opts Options) (*Acceptor, Dialer) {
+// accepting gives an acceptor of what comes to ln; it ends with the test.
+func accepting(t *testing.T, ln net.Listener, opts Options) *Acceptor {
 	t.Helper()
-	ln, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
-	if err != nil {
-		t.Fatal(err)
-	}
 	a := NewAcceptor(opts)
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
@@ -38,7 +34,17 @@ func socket(t *testing.T, opts Options) (*Acceptor, Dialer) {
 		}
 	})
 	t.Cleanup(func() { cancel(); wg.Wait() })
-	return a, func(ctx context.Context) (net.Conn, error) {
+	return a
+}
+
+// socket is a hub runner's unix socket with an acceptor on it.
+func socket(t *testing.T, opts Options) (*Acceptor, Dialer) {
+	t.Helper()
+	ln, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return accepting(t, ln, opts), func(ctx context.Context) (net.Conn, error) {
 		c, err := new(net.Dialer).DialContext(ctx, "unix", ln.Addr().String())
 		if err != nil {
 			return nil, err
@@ -69,7 +75,12 @@ func pair(t *testing.T) (site, hub *Session) {
 // streams gives both ends of a stream.
 func streams(t *testing.T, from, to *Session) (near, far Stream) {
 	t.Helper()
-	near, err := from.Open(t.Context())
+	return opened(t, from.Open, to)
+}
+
+func opened(t *testing.T, open func(context.Context) (Stream, error), to *Session) (near, far Stream) {
+	t.Helper()
+	near, err := open(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -24,16 +24,7 @@ import (
 // network gives an acceptor and a dialer that are joined by a simulated network; both end with the test.
 func network(t *testing.T, n *chaos.Network, opts Options) (*Acceptor, Dialer) {
 	t.Helper()
-	a := NewAcceptor(opts)
-	ctx, cancel := context.WithCancel(context.Background())
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		if err := a.Serve(ctx, n.Listener()); err != nil {
-			t.Errorf("Serve: %v", err)
-		}
-	})
-	t.Cleanup(func() { cancel(); wg.Wait() })
-	return a, as(n, anna)
+	return accepting(t, n.Listener(), opts), as(n, anna)
 }
 
 // as dials for a peer, as the hub would.
@@ -56,6 +47,12 @@ func over(t *testing.T, n *chaos.Network, opts Options) (site, hub *Session) {
 	t.Helper()
 	a, d := network(t, n, opts)
 	opts.Retry = time.Hour
+	return joined(t, a, d, opts)
+}
+
+// joined gives both ends of a session that d dials; they end with the test.
+func joined(t *testing.T, a *Acceptor, d Dialer, opts Options) (site, hub *Session) {
+	t.Helper()
 	site, err := Dial(t.Context(), d, opts)
 	if err != nil {
 		t.Fatal(err)

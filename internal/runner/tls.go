@@ -29,17 +29,18 @@ func (r *runner) dial(ctx context.Context) (*link.Session, error) {
 	if err != nil {
 		return nil, err
 	}
-	up, err := uplink.New(uplink.Config{Hubs: r.spec.Hub, Proxy: r.spec.Proxy, TLS: conf})
+	config := uplink.Config{Hubs: r.spec.Hub, Proxy: r.spec.Proxy, TLS: conf}
+	up, err := uplink.New(config)
+	if err != nil {
+		return nil, err
+	}
+	// A dialler of their own: what lanes find out about the hub's addresses does not move the link's.
+	lanes, err := uplink.New(config)
 	if err != nil {
 		return nil, err
 	}
 	beginning, giveUp := context.WithCancelCause(ctx)
 	defer giveUp(nil)
-	// Of its own: what it finds out about the hub's addresses is the link's to go by.
-	lanes, err := uplink.New(uplink.Config{Hubs: r.spec.Hub, Proxy: r.spec.Proxy, TLS: conf})
-	if err != nil {
-		return nil, err
-	}
 	w := &way{site: r.spec.Party, dial: up.Dial, giveUp: giveUp, patience: blockedPatience, warn: func(text string) {
 		r.note(job.KindWarning, job.Text{Message: text})
 	}}

@@ -68,11 +68,7 @@ func (w otherWriter) Flush() {
 // named, for good.
 func TestHubsOfOtherAges(t *testing.T) {
 	auth := pkitest.Authority(t, "here")
-	hubPair := pkitest.Keypair(t, auth, pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
-	hubCert, err := hubPair.Certificate()
-	if err != nil {
-		t.Fatal(err)
-	}
+	hubCert := pkitest.Cert(t, auth, pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
 	for name, c := range map[string]struct {
 		speaks string
 		want   int // 0: refused

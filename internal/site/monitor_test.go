@@ -47,11 +47,7 @@ func (w watchStub) WatchDesired(ctx context.Context, _ *pb.WatchDesiredRequest, 
 func TestStatus(t *testing.T) {
 	auth := pkitest.Authority(t, "here")
 	pair := pkitest.Keypair(t, auth, pki.Identity{Kind: pki.KindSite, Name: "st-anna"})
-	hubPair := pkitest.Keypair(t, auth, pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
-	hubCert, err := hubPair.Certificate()
-	if err != nil {
-		t.Fatal(err)
-	}
+	hubCert := pkitest.Cert(t, auth, pki.Identity{Kind: pki.KindHub, Name: pki.HubName})
 	dir := t.TempDir()
 	if err := pki.SaveKeypair(dir, "site", pair); err != nil {
 		t.Fatal(err)

@@ -431,16 +431,15 @@ func (e *ends) close() {
 }
 
 func (e *ends) stream(ctx context.Context) (near, far net.Conn, err error) {
-	s, err := e.site.Open(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	f, err := e.hub.Accept(ctx)
-	return s, f, err
+	return e.opened(ctx, e.site.Open)
 }
 
 func (e *ends) lane(ctx context.Context) (near, far net.Conn, err error) {
-	s, err := e.site.OpenLane(ctx)
+	return e.opened(ctx, e.site.OpenLane)
+}
+
+func (e *ends) opened(ctx context.Context, open func(context.Context) (link.Stream, error)) (near, far net.Conn, err error) {
+	s, err := open(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
