@@ -242,7 +242,7 @@ func (h *Hub) splice(ctx context.Context, c *tls.Conn) {
 		log.Info("a link came before the job's runner was there", "err", err)
 		return
 	}
-	if err := link.WritePreface(up, link.Peer{Job: id.Job, Site: id.Name}); err != nil {
+	if err := link.HandOn(up, link.Peer{Job: id.Job, Site: id.Name}, c); err != nil {
 		up.Close()
 		log.Warn("a link could not be handed on", "err", err)
 		return

@@ -18,13 +18,15 @@ type Acceptor struct {
 	opts     Options
 	sessions chan *Session
 
+	key func() (*laneKey, error) // made when the first lane needs it
+
 	mu   sync.Mutex
 	last map[Peer]*Session // guarded by mu: the newest session of each peer, ended or not
 }
 
 // NewAcceptor makes an acceptor; [Acceptor.Serve] feeds it.
 func NewAcceptor(opts Options) *Acceptor {
-	return &Acceptor{opts: opts, sessions: make(chan *Session), last: make(map[Peer]*Session)}
+	return &Acceptor{opts: opts, sessions: make(chan *Session), key: sync.OnceValues(newLaneKey), last: make(map[Peer]*Session)}
 }
 
 // Serve takes the connections of ln until ctx is done, closes ln and what has not been accepted, and returns nil; it returns
@@ -97,16 +99,19 @@ func (a *Acceptor) welcome(ctx context.Context, conn net.Conn) (*Session, error)
 	if err := conn.SetDeadline(time.Now().Add(handshakeWait)); err != nil {
 		return nil, err
 	}
-	peer, err := ReadPreface(conn)
+	peer, raw, err := readHandedOn(conn)
 	if err != nil {
 		return nil, err
+	}
+	if raw != nil {
+		defer raw.Close() // a lane has its own by then
 	}
 	f, err := readFrame(conn)
 	if err != nil {
 		return nil, fmt.Errorf("read the HELLO of %s: %w", peer.Site, noEOF(err))
 	}
 	if f.kind == frameLane {
-		return nil, a.lane(peer, conn, f)
+		return nil, a.lane(ctx, peer, conn, raw, f)
 	}
 	if f.kind != frameHello {
 		return nil, fmt.Errorf("read the HELLO of %s: %w", peer.Site, errNotLink)

@@ -13,8 +13,8 @@ import (
 const (
 	// maxRecord is the largest TLS record on the wire, in bytes (RFC 8446, 5.2).
 	maxRecord = 5 + 1<<14 + 256
-	// wireBuffer is what is read ahead, and written together, at most: eight records and their heads.
-	wireBuffer = 8*(5+1<<14+17) + 1<<10
+	// wireBuffer is what is read ahead, and written together, at most: 32 records and their heads.
+	wireBuffer = 32*(5+1<<14+17) + 1<<10
 )
 
 var wireBuffers = sync.Pool{New: func() any { return new([wireBuffer]byte) }}

@@ -20,7 +20,7 @@ const ALPN = "pergola-link/1"
 // lives: the newest that both ends do. The dialling end begins with its newest; an accepting end that is older refuses that and names its
 // own, and the dialling end comes again with it.
 const (
-	Version    = 3
+	Version    = 4
 	MinVersion = 2
 )
 
@@ -201,10 +201,28 @@ func readStartIn(r io.Reader, id sessionID, version uint16) error {
 
 // start reads a START of session id.
 func (f frame) start(id sessionID, version uint16) error {
-	if f.kind != frameStart || f.version != version || len(f.body) != idSize || sessionID(f.body) != id {
+	if len(f.body) != idSize {
 		return errNotLink
 	}
-	return nil
+	_, err := f.handedStart(id, version)
+	return err
+}
+
+// handedFrame is the START of a lane that is handed over: the fingerprint is behind the session.
+func handedFrame(id sessionID, pin [pinSize]byte) frame {
+	return frame{kind: frameStart, version: Version, body: append(append(make([]byte, 0, idSize+pinSize), id[:]...), pin[:]...)}
+}
+
+// handedStart reads the START of a lane of session id, and gives the fingerprint if the lane is handed over.
+func (f frame) handedStart(id sessionID, version uint16) (pin []byte, err error) {
+	handed := len(f.body) == idSize+pinSize && version >= handedSince
+	if f.kind != frameStart || f.version != version || len(f.body) != idSize && !handed || sessionID(f.body) != id {
+		return nil, errNotLink
+	}
+	if handed {
+		pin = f.body[idSize:]
+	}
+	return pin, nil
 }
 
 const laneBody = idSize + keySize + 8

@@ -58,6 +58,7 @@ type lane struct {
 	l    *line
 	s    *Session
 	own  bool  // this end wanted it
+	out  bool  // it has left the hub
 	cuts int64 // of the link, before
 
 	reading sync.Mutex // guards the next five
@@ -298,11 +299,11 @@ func (l *line) greetLane(ctx context.Context, number uint64) (net.Conn, error) {
 	}
 	tune(conn)
 	defer context.AfterFunc(ctx, func() { hardClose(conn) })()
-	version := l.speaksIn()
+	greeting := laneFrame(l.id, l.secret, number).in(l.speaksIn())
 	var f frame
 	err = conn.SetDeadline(time.Now().Add(handshakeWait))
 	if err == nil {
-		_, err = conn.Write(appendFrame(nil, laneFrame(l.id, l.secret, number).in(version)))
+		_, err = conn.Write(appendFrame(nil, greeting))
 	}
 	if err == nil {
 		f, err = readFrame(conn)
@@ -314,7 +315,15 @@ func (l *line) greetLane(ctx context.Context, number uint64) (net.Conn, error) {
 	case f.kind == frameRefuse:
 		err = errGone
 	default:
-		if err = f.start(l.id, version); err == nil {
+		var pin []byte
+		pin, err = f.handedStart(l.id, greeting.version)
+		if err == nil && pin != nil {
+			over, e := leaveHub(ctx, conn, pin, greeting)
+			if err = e; err == nil {
+				conn = over
+			}
+		}
+		if err == nil {
 			err = conn.SetDeadline(time.Time{})
 		}
 	}
@@ -335,6 +344,7 @@ func (l *line) adopt(conn net.Conn, own bool) (*lane, error) {
 	}
 	now := time.Now()
 	la := &lane{conn: conn, wire: coalescerOf(conn), l: l, s: l.session, own: own, cuts: l.stats.Cuts, told: now, looked: now}
+	_, la.out = conn.(handed)
 	la.readBy.apply, la.writeBy.apply = conn.SetReadDeadline, conn.SetWriteDeadline
 	l.lanes[la] = true
 	return la, nil
@@ -420,7 +430,7 @@ func (l *line) hand(la *lane) {
 }
 
 // lane takes the greeting of a lane of a session that is there.
-func (a *Acceptor) lane(peer Peer, conn net.Conn, f frame) error {
+func (a *Acceptor) lane(ctx context.Context, peer Peer, conn net.Conn, raw *os.File, f frame) error {
 	refuse := func(reason byte, err error) error {
 		return errors.Join(fmt.Errorf("a lane of %s: %w", peer.Site, err), refuseOn(conn, refuseFrame(reason).in(f.version)))
 	}
@@ -450,12 +460,15 @@ func (a *Acceptor) lane(peer Peer, conn net.Conn, f frame) error {
 		return refuse(refuseFull, errFull)
 	}
 	var la *lane
-	_, err = conn.Write(appendFrame(nil, startFrame(id).in(f.version)))
+	begun, err := a.start(ctx, conn, raw, f, id)
 	if err == nil {
-		err = conn.SetDeadline(time.Time{})
+		err = begun.SetDeadline(time.Time{})
 	}
 	if err == nil {
-		la, err = l.adopt(conn, number > 0)
+		la, err = l.adopt(begun, number > 0)
+	}
+	if err != nil && begun != nil {
+		hardClose(begun)
 	}
 	switch {
 	case come != nil:
@@ -469,6 +482,24 @@ func (a *Acceptor) lane(peer Peer, conn net.Conn, f frame) error {
 		return fmt.Errorf("a lane of %s: %w", peer.Site, err)
 	}
 	return nil
+}
+
+// start answers the greeting f of a lane, and gives the connection that it is on from then on: raw, which is below conn's TLS, where there
+// is one.
+func (a *Acceptor) start(ctx context.Context, conn net.Conn, raw *os.File, f frame, id sessionID) (net.Conn, error) {
+	if raw == nil || f.version < handedSince {
+		tune(conn)
+		_, err := conn.Write(appendFrame(nil, startFrame(id).in(f.version)))
+		return conn, err
+	}
+	key, err := a.key()
+	if err != nil {
+		return nil, err
+	}
+	if _, err := conn.Write(appendFrame(nil, handedFrame(id, key.pin).in(f.version))); err != nil {
+		return nil, err
+	}
+	return key.takeOver(ctx, conn, raw, f)
 }
 
 var errLate = errors.New("nobody waits for it any more")

@@ -424,6 +424,13 @@ func (l *line) detachLocked(tr *transport, err error) {
 		l.finishLocked(nil) // all was said; only the other end may not have heard the last of it
 		return
 	}
+	for la := range l.lanes {
+		if la.out { // the hub ends a link that is not to be any more, and cannot reach these
+			la.cut()
+			delete(l.lanes, la)
+			l.releaseLocked(la.own)
+		}
+	}
 	l.words = nil
 	for number := range l.asked {
 		l.answerLocked(number, errLaneCut)

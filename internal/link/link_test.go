@@ -200,7 +200,7 @@ func TestRefusals(t *testing.T) {
 		})
 		defer wg.Wait()
 		_, err := Dial(t.Context(), func(context.Context) (net.Conn, error) { return near, nil }, Options{Retry: time.Hour})
-		if problem.CodeOf(err) != problem.Version || !strings.Contains(err.Error(), "versions 2 to 3 of the link protocol, the other end version 7") {
+		if problem.CodeOf(err) != problem.Version || !strings.Contains(err.Error(), "versions 2 to 4 of the link protocol, the other end version 7") {
 			t.Errorf("refused with %v", err)
 		}
 	})

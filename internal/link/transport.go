@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// spliceBuffer is what one direction of a splice reads at a time, in bytes: eight TLS records.
-const spliceBuffer = 128 << 10
+// spliceBuffer is what one direction of a splice reads at a time, in bytes: 32 TLS records.
+const spliceBuffer = 512 << 10
 
 // idleBuffer is what one direction of a splice holds while little comes.
 const idleBuffer = 2 << 10
