@@ -112,6 +112,7 @@ class Check:
         """Send a message to the worker and its reply back; give it and its head."""
         gen = self.gen
         gen.set_identity(RUN, gen.server_id, 1)
+        gen.lazy.arena = self.exchange.packs.arena
         ids = list(self.grid.push_messages([message]))
         expect("messages that were pushed", len(ids), 1)
         frame = self.client.receive()
@@ -134,13 +135,16 @@ class Check:
             out["fds"] = [out["pack"]]
         self.client.send(Frame(out, reply.proto, b"", [fds[out["pack"]]] if "pack" in out else []))
         self.exchange.take(self.server.receive())
-        if "pack" in out:
-            expect("what follows a reply with a pack", self.client.receive().head, {"t": "free", "pack": out["pack"]})
         replies = list(self.grid.pull_messages(ids))
         expect("replies", len(replies), 1)
         expect("the message that is replied to", gen.reply_to(replies[0].metadata), ids[0])
         expect("the reply's sender", replies[0].metadata.src_node_id, NODE)
         return replies[0], head
+
+    def freed(self, head: dict[str, Any]) -> None:
+        """Check that the server's end is done with a reply that is gone."""
+        if "pack" in head:
+            expect("what follows a reply with a pack", self.client.receive().head, {"t": "free", "pack": head["pack"]})
 
     def content(self, size: int) -> Any:
         """Make a content with a record of each kind."""
@@ -228,6 +232,8 @@ class Check:
             expect("whether the arrays went beside", "pack" in head, size > 1000)
             expect("the round", head.get("round"), 1)
             expect("the numbers", head.get("numbers"), {"i": 3, "f": 0.5, "nan": "NaN"})
+            del reply
+            self.freed(head)
         expect("whether the state went beside", self.state[2] is not None, True)
 
     def errors(self) -> None:
@@ -283,6 +289,8 @@ class Check:
         if reply.has_error():
             raise FailedError(f"a legacy fit gave {reply.error}")
         res = back(reply.content, False)
+        del reply
+        self.freed(head)
         expect("a legacy fit", (res.num_examples, res.metrics), (7, {"accuracy": 0.25}))
         expect("a legacy fit's parameters", float(parameters_to_ndarrays(res.parameters)[0].sum()), 2.0 * SIZE)
         expect("a legacy fit's numbers", head.get("numbers"), {"num_examples": 7, "accuracy": 0.25})

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 from . import generations
+from .arrays import Beside
+from .blobs import MOST, Blob, File, count, settle
 from .codec import Codec
 from .exits import flush
 from .frames import PROTOCOL, Frame, Link, ProtocolError
 from .generations import CRASHED_REASON, LOAD_FAILED, RAISED, Generation
-from .packs import ReadPacks, WorkerPacks, check, read
+from .packs import ReadPacks, WorkerPacks, check, held, read
 from .randomness import Generators
 from .readings import numbers, round_of
 
@@ -73,6 +75,7 @@ class Worker:
         self.failure = failure
         self.read = ReadPacks()
         self.written = WorkerPacks(prefix)
+        self._state: File | None = None  # the pack of the node's state
 
     @classmethod
     def load(cls, gen: Generation, start: dict[str, Any], prefix: str) -> Worker:
@@ -91,7 +94,17 @@ class Worker:
         return RAISED, str(type(e)) + ":<'" + str(e) + "'>"
 
     def answer(self, frame: Frame) -> Frame:
-        """Answer a message. The reply's descriptors stay this worker's."""
+        """Answer a message. The reply's descriptors stay this worker's; of the message's, nothing is wanted afterwards."""
+        self.gen.lazy.arena = self.written.arena
+        try:
+            return self._answer(frame)
+        finally:
+            self.read.settle()
+            if self._state is not None:
+                settle(self._state)
+                self._state = None
+
+    def _answer(self, frame: Frame) -> Frame:
         head = frame.head
         node = head["node"]
         self.gen.set_identity(self.run_id, node, head.get("task", 0))
@@ -108,24 +121,24 @@ class Worker:
                 reply = self.gen.error_reply(message, *self.reason(self.failure))
             else:
                 reply = self.app(message, context)
-            proto, blobs = self._encode(reply)
+            proto, beside = self._encode(reply)
         except SystemExit as e:
             # Under Flower the process ends, and neither reply nor state leave it.
             _logger().error("ClientApp called sys.exit(%r)", e.code)
             reply = self.gen.error_reply(message, self.gen.code("CLIENT_APP_CRASHED", RAISED), CRASHED_REASON)
-            proto, blobs = self._encode(reply)
+            proto, beside = self._encode(reply)
             kept = True
         except Exception as e:  # noqa: BLE001 - whatever an app raises is answered
             _logger().error("%s raised an exception", "ClientApp", exc_info=e)
             reply = self.gen.error_reply(message, *self.reason(e))
-            proto, blobs = self._encode(reply)
+            proto, beside = self._encode(reply)
         answer["seconds"] = time.perf_counter() - begun
         if reply.has_error():
             answer["error"] = {"code": reply.error.code, "reason": (reply.error.reason or "")[:LONGEST]}
         else:
             self._note(answer, "numbers", lambda: numbers(self.gen, reply.content))
         out = Frame(answer, proto)
-        self._put(out, "pack", "lens", blobs)
+        self._put(out, "pack", "lens", beside)
         if kept:
             answer["kept"] = True
         else:
@@ -133,33 +146,34 @@ class Worker:
         flush()
         return out
 
-    def _beside(self, frame: Frame) -> tuple[list[int], list[bytes]]:
+    def _lazy(self) -> bool:
+        return self.gen.lazy.reads and count() < MOST
+
+    def _beside(self, frame: Frame) -> tuple[list[int], list[bytes | Blob]]:
         name = frame.head.get("pack")
         if name is None:
             return [], []
         sizes: list[int] = frame.head.get("lens") or []
-        return sizes, self.read.get(name, sizes, frame.take(name))
+        return sizes, self.read.get(name, sizes, frame.take(name), self._lazy())
 
-    def _beside_state(self, frame: Frame) -> tuple[list[int], list[bytes]]:
+    def _beside_state(self, frame: Frame) -> tuple[list[int], list[bytes | Blob]]:
         name = frame.head.get("spack")
         if name is None:
             return [], []
         fd = frame.take(name)  # it comes each time: a state is seldom wanted twice
         if fd is None:
             raise ProtocolError(f"the state's pack {name:.100} is named without its descriptor")
-        try:
-            sizes = check(fd, frame.head.get("slens"))
-            return sizes, read(fd, sizes)
-        finally:
-            os.close(fd)
+        self._state = File(fd, os.close)
+        sizes = check(fd, frame.head.get("slens"))
+        return sizes, held(self._state, read(self._state, sizes, self._lazy()))
 
-    def _encode(self, reply: Any) -> tuple[bytes, list[bytes]]:
+    def _encode(self, reply: Any) -> tuple[bytes, Beside]:
         return self.codec.encode(reply, message_id=self.gen.new_id())
 
-    def _put(self, out: Frame, pack: str, lens: str, blobs: list[bytes]) -> None:
-        if blobs:
-            out.head[pack], fd = self.written.put(blobs)
-            out.head[lens] = list(map(len, blobs))
+    def _put(self, out: Frame, pack: str, lens: str, beside: Beside) -> None:
+        if beside.blobs:
+            out.head[pack], fd = self.written.put(beside.blobs)
+            out.head[lens] = beside.lens
             out.head.setdefault("fds", []).append(out.head[pack])
             out.fds.append(fd)
 
@@ -174,12 +188,12 @@ class Worker:
             for name, values in ((NODE_CONFIG, context.node_config), (RUN_CONFIG, context.run_config)):
                 if _typed(values) != _typed(given[name]):
                     _configs(context.state)[name] = self.gen.ConfigRecord(dict(values))
-            out.state, blobs = self.codec.encode_state(context.state)
+            out.state, beside = self.codec.encode_state(context.state)
         except Exception as e:  # noqa: BLE001 - an app may have put anything there; Flower's process would end
             _logger().error("the context's state cannot be kept", exc_info=e)
             out.head["kept"] = True
             return
-        self._put(out, "spack", "slens", blobs)
+        self._put(out, "spack", "slens", beside)
 
     @staticmethod
     def _note(answer: dict[str, Any], name: str, read: Any) -> None:

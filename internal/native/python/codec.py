@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
-from .arrays import fill, strip
+from .arrays import NOTHING, Beside, fill, strip
+from .blobs import Blob
 from .frames import MAX_BODY
 from .generations import Generation
 
@@ -22,25 +24,23 @@ class Codec:
         self._empty = gen.RecordDict()
         self._tag = bytes([gen.PbMessage.DESCRIPTOR.fields_by_name["content"].number << 3 | 2])
 
-    def content(self, content: Any) -> tuple[bytes, list[bytes]]:
+    def content(self, content: Any) -> tuple[bytes, Beside]:
         """Give a content as the field of a Message's protobuf, and the bytes beside it."""
-        thin, blobs = strip(self.gen, content)
+        thin, beside = strip(self.gen, content)
         proto = self.gen.content_to_proto(thin)
         size = proto.ByteSize()
         if size > MAX_BODY - (1 << 20):
             raise TooLargeError(
                 f"a message of {size} bytes without its arrays: records of configuration and metrics may have 2 GiB in sum"
             )
-        return self._tag + _varint(size) + proto.SerializeToString(), blobs
+        return self._tag + _varint(size) + proto.SerializeToString(), beside
 
-    def encode(
-        self, message: Any, written: dict[int, tuple[bytes, list[bytes]]] | None = None, **fields: Any
-    ) -> tuple[bytes, list[bytes]]:
+    def encode(self, message: Any, written: dict[int, tuple[bytes, Beside]] | None = None, **fields: Any) -> tuple[bytes, Beside]:
         """Give a message's protobuf, with those fields of its metadata set, and the bytes beside it.
 
         `written` remembers contents while the caller holds them: many messages often have the same.
         """
-        body: tuple[bytes, list[bytes]] = (b"", [])
+        body: tuple[bytes, Beside] = (b"", NOTHING)
         if message.has_content():
             content = message.content
             found = written.get(id(content)) if written is not None else None
@@ -57,20 +57,20 @@ class Codec:
         # Fields of a protobuf may stand in any order, so that one can be put behind the others.
         return proto.SerializeToString() + body[0], body[1]
 
-    def decode(self, proto: bytes, lens: list[int], blobs: list[bytes]) -> Any:
+    def decode(self, proto: bytes, lens: Sequence[int], blobs: Sequence[bytes | Blob]) -> Any:
         """Give the message of a protobuf and of the bytes beside it."""
         message = self.gen.message_from_proto(self.gen.PbMessage.FromString(proto))
         if lens:
             fill(self.gen, message.content, lens, blobs)
         return message
 
-    def encode_state(self, state: Any) -> tuple[bytes, list[bytes]]:
+    def encode_state(self, state: Any) -> tuple[bytes, Beside]:
         """Give a state as a protobuf Message that has it as its content, and the bytes beside it; nothing if it is empty."""
         if state == self._empty:
-            return b"", []
+            return b"", NOTHING
         return self.content(state)
 
-    def decode_state(self, proto: bytes, lens: list[int], blobs: list[bytes]) -> Any:
+    def decode_state(self, proto: bytes, lens: Sequence[int], blobs: Sequence[bytes | Blob]) -> Any:
         """Give the state that was encoded so."""
         if not proto:
             return self.gen.RecordDict()

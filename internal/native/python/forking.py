@@ -21,6 +21,7 @@ import time
 import traceback
 from collections import OrderedDict
 
+from .blobs import settle
 from .client import Worker
 from .exits import flush, leave
 from .frames import Frame, Link, ProtocolError
@@ -353,6 +354,9 @@ class Template:
                 if fd is not None:
                     worker.written.add(fd)
         reply = worker.answer(frame)
+        # What the app leaves behind goes on here, while other children write into the same files.
+        worker.written.arena.close()
+        settle()
         link.send(reply)
         frame.close()
         link.close()

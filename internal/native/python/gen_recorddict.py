@@ -34,6 +34,7 @@ class This(Generation):
         self._warned = False
         self.content_to_proto = serde.recorddict_to_proto
         self.content_from_proto = serde.recorddict_from_proto
+        self.lazy.install(first("Array", "flwr.app", "flwr.common"), self.ArrayRecord)
 
     def for_server(self) -> None:
         super().for_server()

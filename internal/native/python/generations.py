@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from .lazy import Lazy
+
 
 class UnknownGenerationError(Exception):
     """The installed Flower has none of the shapes that the engine knows."""
@@ -93,6 +95,7 @@ class Generation(ABC):
         self.ErrorCode = importlib.import_module("flwr.common.constant").ErrorCode
         self.server_id = getattr(importlib.import_module("flwr.common.constant"), "SUPERLINK_NODE_ID", 0)
         self.load_app = first("load_app", "flwr.common.object_ref", "flwr.supercore.object_ref")
+        self.lazy = Lazy()
         self._texts: dict[str, str] = {}
         # Looked up once: messages need them, and a signature costs as much as decoding one does.
         self._metadata_names = set(inspect.signature(self.Metadata.__init__).parameters)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from queue import SimpleQueue
 from typing import Any
 
+from .arrays import Beside
+from .blobs import MOST, Blob, File, count, trim
 from .codec import Codec
 from .frames import Frame, Link, ProtocolError
 from .generations import EXPIRED, NO_REPLY, Generation
-from .packs import ServerPacks, check, read
+from .packs import ServerPacks, check, held, read
 
 
 class RunnerGoneError(ConnectionError):
@@ -26,10 +29,11 @@ class Exchange:
         self.gen = gen
         self.codec = Codec(gen)
         self.packs = ServerPacks()
+        gen.lazy.arena = self.packs.arena
         self._link = link
         self._run_id = run_id
         self._sending = threading.Lock()  # a pack's descriptor goes out before its name does alone
-        self._read: SimpleQueue[str | None] = SimpleQueue()  # packs of replies that may go; None: no more will
+        self._done: SimpleQueue[str | None] = SimpleQueue()  # packs of replies that may go; None: no more will
         self._freeing: threading.Thread | None = None
         self._changed = threading.Condition()  # guards the rest
         self._nodes = list(nodes)
@@ -47,7 +51,7 @@ class Exchange:
     def push(self, messages: Iterable[Any]) -> list[str]:
         """Send messages; give their ids, "" where the SuperLink would not take the message."""
         ids = []
-        written: dict[int, tuple[bytes, list[bytes]]] = {}
+        written: dict[int, tuple[bytes, Beside]] = {}
         messages = list(messages)
         stamped = []
         for message in messages:
@@ -64,7 +68,7 @@ class Exchange:
                     continue
                 self._waiting[mid] = self.gen.sent(meta, mid)
             try:
-                proto, blobs = self.codec.encode(
+                proto, beside = self.codec.encode(
                     message, written, run_id=self._run_id, src_node_id=self.gen.server_id, message_id=mid
                 )
                 head = {
@@ -75,7 +79,7 @@ class Exchange:
                     "type": meta.message_type,
                     "group": meta.group_id,
                 }
-                self._send(Frame(head, proto), blobs)
+                self._send(Frame(head, proto), beside)
             except BaseException:
                 with self._changed:
                     self._waiting.pop(mid, None)
@@ -83,12 +87,12 @@ class Exchange:
             ids.append(mid)
         return ids
 
-    def _send(self, frame: Frame, blobs: list[bytes]) -> None:
+    def _send(self, frame: Frame, beside: Beside) -> None:
         with self._sending:
             dropped: list[str] = []
-            if blobs:
-                name, fd, dropped = self.packs.put(blobs)
-                frame.head["pack"], frame.head["lens"] = name, list(map(len, blobs))
+            if beside.blobs:
+                name, fd, dropped = self.packs.put(beside.blobs)
+                frame.head["pack"], frame.head["lens"] = name, beside.lens
                 if fd is not None:
                     frame.head["fds"] = [name]
                     frame.fds = [fd]
@@ -145,12 +149,12 @@ class Exchange:
                     frame.close()
         except (EOFError, OSError, ProtocolError) as e:
             self._end(e)
-        except Exception as e:  # noqa: BLE001 - no memory for a reply, or a mistake of ours: who waits must not do so for ever
+        except Exception as e:
             logging.getLogger("flwr").error("what the runner sent cannot be taken in", exc_info=e)
             self._end(e)
 
     def _end(self, why: BaseException) -> None:
-        self._read.put(None)
+        self._done.put(None)
         with self._changed:
             self._gone = why
             self._changed.notify_all()
@@ -175,16 +179,16 @@ class Exchange:
     def _reply(self, frame: Frame) -> None:
         head = frame.head
         lens: list[int] = []
-        blobs: list[bytes] = []
+        blobs: list[bytes | Blob] = []
         if head.get("pack") is not None:
             if len(frame.fds) != 1:
                 raise ProtocolError("a reply names a pack without its descriptor")
-            try:
-                lens = check(frame.fds[0], head.get("lens"))
-                blobs = read(frame.fds[0], lens)
-            finally:
-                frame.close()
-            self._free(head["pack"])
+            self._start_freeing()
+            trim()
+            file = File(frame.fds.pop(), self._releaser(head["pack"]))
+            lens = check(file.fd, head.get("lens"))
+            blobs = held(file, read(file, lens, self.gen.lazy.reads and count() < MOST))
+            del file  # once nobody wants anything of it, it goes
 
         def make(meta: Any) -> Any:
             try:
@@ -200,18 +204,28 @@ class Exchange:
 
         self._settle(head["id"], make)
 
-    def _free(self, pack: str) -> None:
-        """Say that a pack was read, on a thread of its own.
+    def _releaser(self, pack: str) -> Callable[[int], None]:
+        """Make what is called when a reply's pack is read, or its arrays are gone."""
+        done, close = self._done, os.close
 
-        The runner may have the app's messages wait until sites have answered others. Who takes the answers must not wait for it in turn.
+        def release(fd: int) -> None:  # by any thread, in the middle of anything
+            close(fd)
+            done.put(pack)
+
+        return release
+
+    def _start_freeing(self) -> None:
+        """Have somebody say which packs are free.
+
+        The runner may have the app's messages wait until sites have answered others. Who takes the answers must not wait for
+        it in turn.
         """
-        self._read.put(pack)
         if self._freeing is None:
             self._freeing = threading.Thread(target=self._say_free, name="pergola-free", daemon=True)
             self._freeing.start()
 
     def _say_free(self) -> None:
-        while (pack := self._read.get()) is not None:
+        while (pack := self._done.get()) is not None:
             try:
                 self._link.send(Frame({"t": "free", "pack": pack}))
             except OSError:

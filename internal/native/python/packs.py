@@ -12,7 +12,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from .blobs import FROM as LAZY_FROM
+from .blobs import Arena, Blob, File, settle, wasteful
 from .frames import ProtocolError
 
 ROOM = 256 << 20  # bytes of arrays that are kept at hand; the newest pack is, however large
@@ -31,11 +34,11 @@ def new_file(name: str) -> int:
         return os.dup(f.fileno())
 
 
-def write(fd: int, blobs: Sequence[bytes]) -> None:
-    """Make the file's content the blobs, back to back."""
+def write(fd: int, blobs: Sequence[bytes | Blob]) -> None:
+    """Make the file's content begin with the blobs, back to back."""
     offset = 0
     for at in range(0, len(blobs), _IOV):
-        views = [memoryview(b) for b in blobs[at : at + _IOV] if b]
+        views = [memoryview(b.peek() if isinstance(b, Blob) else b) for b in blobs[at : at + _IOV] if len(b)]
         while views:
             n = os.pwritev(fd, views, offset)
             offset += n
@@ -43,7 +46,6 @@ def write(fd: int, blobs: Sequence[bytes]) -> None:
                 n -= len(views.pop(0))
             if n:
                 views[0] = views[0][n:]
-    os.ftruncate(fd, offset)  # the file may have held more before
 
 
 def check(fd: int, lens: object) -> list[int]:
@@ -56,18 +58,25 @@ def check(fd: int, lens: object) -> list[int]:
     return lens
 
 
-def read(fd: int, lens: list[int]) -> list[bytes]:
-    """Read the arrays of a pack, without those that stayed in the protobuf (length -1)."""
+class Place(NamedTuple):
+    """Where a large array stands in its pack."""
+
+    offset: int
+    size: int
+
+
+def read(file: File, lens: list[int], lazy: bool = False) -> list[bytes | Place]:
+    """Give the arrays of a pack, without those that stayed in the protobuf (length -1). What is large stays there, if it may."""
     sizes = [n for n in lens if n >= 0]
-    out: list[bytes] = []
+    out: list[bytes | Place] = []
     offset, i = 0, 0
     while i < len(sizes):
         j, total = i, 0
-        while j < len(sizes) and sizes[j] <= SMALL and total + sizes[j] <= TOGETHER:
+        while j < len(sizes) and sizes[j] <= SMALL and total + sizes[j] <= TOGETHER and not (lazy and sizes[j] >= LAZY_FROM):
             total += sizes[j]
             j += 1
         if j > i + 1:
-            run = _pread(fd, total, offset)
+            run = file.pread(total, offset)
             at = 0
             for n in sizes[i:j]:
                 out.append(run[at : at + n])
@@ -75,25 +84,15 @@ def read(fd: int, lens: list[int]) -> list[bytes]:
             i = j
         else:
             total = sizes[i]
-            out.append(_pread(fd, total, offset))
+            out.append(Place(offset, total) if lazy and total >= LAZY_FROM else file.pread(total, offset))
             i += 1
         offset += total
     return out
 
 
-def _pread(fd: int, n: int, offset: int) -> bytes:
-    first = os.pread(fd, n, offset)
-    if len(first) == n:
-        return first
-    parts = [first]
-    got = len(first)
-    while got < n:  # one call gives 2 GiB at most
-        part = os.pread(fd, n - got, offset + got)
-        if not part:
-            raise ProtocolError("a pack became shorter while it was read")
-        parts.append(part)
-        got += len(part)
-    return b"".join(parts)
+def held(file: File, parts: list[bytes | Place]) -> list[bytes | Blob]:
+    """Make blobs of those that stayed in the file."""
+    return [Blob(file, *p) if isinstance(p, Place) else p for p in parts]
 
 
 def keep(busy: dict[str, int], name: str, fd: int) -> None:
@@ -111,9 +110,16 @@ class Idle:
     def __init__(self) -> None:
         self._fds: list[int] = []
 
-    def get(self, name: str) -> int:
-        """Give a file to write into."""
-        return self._fds.pop() if self._fds else new_file(name)
+    def get(self, size: int) -> int:
+        """Give a file to write about so much into."""
+        while True:
+            try:
+                fd = self._fds.pop()
+            except IndexError:
+                return new_file("pack")
+            if not size or not wasteful(fd, size):
+                return fd
+            os.close(fd)
 
     def take(self) -> list[int]:
         """Give all files away, for a child to write into."""
@@ -121,7 +127,7 @@ class Idle:
         return fds
 
     def put(self, fd: int) -> None:
-        """Take a file back."""
+        """Take a file back. Any thread may say so in the middle of anything."""
         self._fds.append(fd)
         if len(self._fds) > self.KEEP:
             os.close(self._fds.pop(0))
@@ -130,81 +136,95 @@ class Idle:
 @dataclass
 class _Pack:
     name: str
-    fd: int
-    blobs: Sequence[bytes]
+    file: File
+    blobs: Sequence[bytes | Blob]
     size: int
     known: bool  # by the runner, which holds a descriptor of its own
 
 
-class ServerPacks:
+class _Written:
+    """Packs that are written here."""
+
+    def __init__(self) -> None:
+        self._idle = Idle()
+        self._put_back = self._idle.put
+        self.arena = Arena(self._idle.get, self._put_back)
+        self.writes = 0  # for tests
+
+    def _write(self, blobs: Sequence[bytes | Blob]) -> File:
+        """Give a file that has the blobs back to back: where they are so already, that one."""
+        file = self.arena.seal(blobs)
+        if file is None:
+            file = File(self._idle.get(sum(map(len, blobs))), self._put_back)
+            write(file.fd, blobs)
+            self.writes += 1
+        return file
+
+
+class ServerPacks(_Written):
     """What a ServerApp sends. The same arrays go to many nodes, and often twice in a round: they are written once.
 
-    Arrays are told by the identity of their bytes objects. Bytes cannot change and are held here, so that no other
+    Arrays are told by the identity of their bytes objects, or blobs. Those cannot change and are held here, so that no other
     object takes their identity; nothing has to be hashed.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._packs: OrderedDict[tuple[int, ...], _Pack] = OrderedDict()
-        self._dropped: dict[str, int] = {}
-        self._idle = Idle()
+        self._dropped: dict[str, File] = {}
         self._count = 0
         self._size = 0
         self._lock = threading.Lock()
-        self.writes = 0  # for tests
 
-    def put(self, blobs: Sequence[bytes]) -> tuple[str, int | None, list[str]]:
+    def put(self, blobs: Sequence[bytes | Blob]) -> tuple[str, int | None, list[str]]:
         """Give the pack's name, its descriptor where the runner lacks it, and the packs to be dropped."""
         key = tuple(map(id, blobs))
         with self._lock:
             pack = self._packs.get(key)
             if pack is None:
+                file = self._write(blobs)
                 self._count += 1
-                name = f"s.{self._count}"
-                fd = self._idle.get(name)
-                write(fd, blobs)
-                self.writes += 1
-                pack = self._packs[key] = _Pack(name, fd, blobs, sum(map(len, blobs)), False)
+                pack = self._packs[key] = _Pack(f"s.{self._count}", file, blobs, sum(map(len, blobs)), False)
                 self._size += pack.size
             self._packs.move_to_end(key)
-            fd_to_send = None if pack.known else pack.fd
+            fd_to_send = None if pack.known else pack.file.fd
             pack.known = True
             dropped = []
             while len(self._packs) > 1 and (len(self._packs) > FEW or self._size > ROOM):
                 _, old = self._packs.popitem(last=False)
                 self._size -= old.size
-                self._dropped[old.name] = old.fd
+                self._dropped[old.name] = old.file
                 dropped.append(old.name)
             return pack.name, fd_to_send, dropped
 
     def forgot(self, name: str) -> None:
         """Note that the runner holds that pack no more."""
         with self._lock:
-            fd = self._dropped.pop(name, None)
-            if fd is not None:
-                self._idle.put(fd)
+            if self._dropped.pop(name, None) is not None:
                 return
             for pack in self._packs.values():
                 if pack.name == name:
                     pack.known = False
 
 
-class WorkerPacks:
-    """What a worker answers with: each pack is written once, sent once, and its file used again when it is free."""
+class WorkerPacks(_Written):
+    """What a worker answers with: each pack is sent once, and its file used again when it is free."""
 
     def __init__(self, prefix: str) -> None:
+        super().__init__()
         self._prefix = prefix
         self._count = 0
-        self._busy: dict[str, int] = {}
-        self._idle = Idle()
+        self._busy: dict[str, File] = {}
 
-    def put(self, blobs: Sequence[bytes]) -> tuple[str, int]:
-        """Write the blobs into a file; give its name and descriptor, which stays the writer's."""
+    def put(self, blobs: Sequence[bytes | Blob]) -> tuple[str, int]:
+        """Have the blobs in a file; give its name and descriptor, which stays the writer's."""
+        file = self._write(blobs)
         self._count += 1
         name = f"{self._prefix}.{self._count}"
-        fd = self._idle.get(name)
-        write(fd, blobs)
-        keep(self._busy, name, fd)
-        return name, fd
+        self._busy[name] = file
+        while len(self._busy) > OPEN:
+            self._busy.pop(next(iter(self._busy))).discard()  # the reader has its own descriptor, and may be reading still
+        return name, file.fd
 
     def add(self, fd: int) -> None:
         """Take a file to write into."""
@@ -212,41 +232,46 @@ class WorkerPacks:
 
     def free(self, name: str) -> None:
         """Note that nobody reads that pack any more."""
-        fd = self._busy.pop(name, None)
-        if fd is not None:
-            self._idle.put(fd)
+        self._busy.pop(name, None)
 
 
 class ReadPacks:
-    """The packs that a worker has read, so that the model of a round is read once for all nodes that it serves."""
+    """The packs that a worker reads. The model of a round comes once for all nodes that it serves."""
 
     def __init__(self) -> None:
-        self._read: OrderedDict[str, list[bytes]] = OrderedDict()
+        self._packs: OrderedDict[str, tuple[File, list[bytes | Place], int]] = OrderedDict()
         self._size = 0
 
-    def get(self, name: str, lens: object, fd: int | None) -> list[bytes]:
-        """Give a pack's arrays. The descriptor, which is read and closed, is not there when the pack was read before."""
+    def get(self, name: str, lens: object, fd: int | None, lazy: bool = False) -> list[bytes | Blob]:
+        """Give a pack's arrays. The descriptor, which is closed in time, is not there when the pack came before."""
         if fd is not None:
-            try:
-                blobs = read(fd, check(fd, lens))
-            finally:
-                os.close(fd)
+            file = File(fd, os.close)
+            sizes = check(fd, lens)
             self._drop(name)
-            self._read[name] = blobs
-            self._size += sum(map(len, blobs))
-        elif name not in self._read:
+            size = sum(n for n in sizes if n > 0)
+            self._packs[name] = file, read(file, sizes, lazy), size
+            self._size += size
+        elif name not in self._packs:
             raise ProtocolError(f"pack {name:.100} is named without its descriptor")
-        self._read.move_to_end(name)
-        return self._read[name]
+        self._packs.move_to_end(name)
+        file, parts, _ = self._packs[name]
+        return held(file, parts)
+
+    def settle(self) -> None:
+        """Have what an app keeps do without the files: once it has answered, the runner may use them for other packs."""
+        for file, _, _ in self._packs.values():
+            settle(file)
 
     def forget(self) -> list[str]:
         """Drop what is too much; give the names, for the runner to know."""
         dropped = []
-        while len(self._read) > 1 and (len(self._read) > FEW or self._size > ROOM):
-            name = next(iter(self._read))
+        while len(self._packs) > 1 and (len(self._packs) > FEW or self._size > ROOM):
+            name = next(iter(self._packs))
             self._drop(name)
             dropped.append(name)
         return dropped
 
     def _drop(self, name: str) -> None:
-        self._size -= sum(map(len, self._read.pop(name, [])))
+        old = self._packs.pop(name, None)
+        if old is not None:
+            self._size -= old[2]

@@ -15,10 +15,21 @@ import boot  # noqa: E402
 
 boot.import_package()
 
+from _pergola_native import generations  # noqa: E402
+from _pergola_native.generations import Generation  # noqa: E402
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Say what the marks mean."""
     config.addinivalue_line("markers", "once: has nothing to do with the version of Flower, so that one of them is enough")
+
+
+@pytest.fixture(scope="session")
+def gen() -> Generation:
+    """Give the generation that is installed: one, as in each process, for it changes Flower's classes."""
+    g = generations.installed("server", "client")
+    g.set_identity(7, g.server_id, 1)
+    return g
 
 
 sys.path.remove(str(HERE.parent))

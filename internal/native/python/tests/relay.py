@@ -41,6 +41,14 @@ def start(role: str, env: dict[str, str] | None = None, command: list[str] | Non
     return p, Link(ours)
 
 
+def copied(fd: int) -> int:
+    """Copy a pack into a file of one's own."""
+    new = os.memfd_create("relay")
+    os.pwrite(new, os.pread(fd, os.fstat(fd).st_size, 0), 0)
+    os.close(fd)
+    return new
+
+
 @dataclass
 class Peer:
     """A process and what the relay knows of it."""
@@ -103,11 +111,13 @@ class Relay:
         isolation: str = "warm",
         config: list[str] | None = None,
         env: dict[str, str] | None = None,
+        spoils: bool = False,
     ) -> None:
         rng = random.Random(7)
         self.nodes = [rng.getrandbits(62) for _ in range(nodes)]
         self.run = rng.getrandbits(62)
         self.app, self.isolation, self.config, self.env = app, isolation, config or [], env
+        self.spoils = spoils  # as at a site: workers get packs of the runner's own, which it uses again when they are dropped
         self.state: dict[int, tuple[bytes, dict[str, Any], int | None]] = {}
         self.done: dict[str, Any] = {}
         self.replies: list[dict[str, Any]] = []
@@ -198,7 +208,10 @@ class Relay:
         if frame.kind == "done":
             self.done = head
         elif frame.kind == "drop":
-            os.close(self.packs.pop(head["pack"]))
+            fd = self.packs.pop(head["pack"])
+            if self.spoils:
+                os.pwrite(fd, b"\xff" * os.fstat(fd).st_size, 0)
+            os.close(fd)
             self.server.link.send(Frame({"t": "forgot", "pack": head["pack"]}))
         elif frame.kind == "free":
             self._free(head["pack"])
@@ -206,7 +219,7 @@ class Relay:
             assert frame.kind == "msg", head
             self.messages.append(head)
             for name in head.get("fds", []):
-                self.packs[name] = frame.fds[0]
+                self.packs[name] = copied(frame.fds[0]) if self.spoils else frame.fds[0]
                 self.received[name] = self.received.get(name, 0) + 1
             frame.fds = []
             if head["node"] not in self.where:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from _pergola_native import packs
+from _pergola_native.blobs import FROM, Blob, File, TornError
 from _pergola_native.frames import MAX_HEAD, Frame, Link, ProtocolError
 
 pytestmark = pytest.mark.once
@@ -143,22 +144,33 @@ def test_what_is_written_is_read(blobs: list[bytes]) -> None:
     fd = packs.new_file("x")
     packs.write(fd, [b"what was there before" * 1000] * 500)
     packs.write(fd, blobs)
-    assert os.fstat(fd).st_size == sum(map(len, blobs))
     lens = list(map(len, blobs))
-    assert packs.read(fd, packs.check(fd, lens)) == blobs
-    assert packs.read(fd, packs.check(fd, [-1, *lens, -1])) == blobs
-    for bad in ([*lens, 1], [1 << 60], [-2], ["1"], None, 7, [1.0]):
+    file = File(fd, os.close)
+    assert packs.read(file, packs.check(fd, lens)) == blobs
+    assert packs.read(file, packs.check(fd, [-1, *lens, -1])) == blobs
+    left = packs.read(file, lens, lazy=True)
+    assert [isinstance(p, packs.Place) for p in left] == [n >= FROM for n in lens]
+    assert [p.data() if isinstance(p, Blob) else p for p in packs.held(file, left)] == blobs
+    for bad in ([*lens, os.fstat(fd).st_size - sum(lens) + 1], [1 << 60], [-2], ["1"], None, 7, [1.0]):
         with pytest.raises(ProtocolError):
             packs.check(fd, bad)
-    os.close(fd)
 
 
 def test_without_memory_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
     fd = packs.new_file("x")
     packs.write(fd, [b"abc", b"d"])
-    assert packs.read(fd, [3, 1]) == [b"abc", b"d"]
-    os.close(fd)
+    assert packs.read(File(fd, os.close), [3, 1]) == [b"abc", b"d"]
+
+
+def test_a_pack_that_becomes_shorter_is_told() -> None:
+    fd = packs.new_file("x")
+    packs.write(fd, [bytes(FROM)])
+    blob = Blob(File(fd, os.close), 0, FROM)
+    os.ftruncate(fd, FROM - 1)
+    for read in (blob.data, blob.peek, blob.settle):
+        with pytest.raises(TornError):
+            read()
 
 
 def test_the_same_arrays_are_written_once_and_files_used_again() -> None:
@@ -182,9 +194,11 @@ def test_the_same_arrays_are_written_once_and_files_used_again() -> None:
     for d in dropped:
         p.forgot(d)
     assert open_fds() == files - 2, "two files are kept for what comes next"
-    p.put([b"x"])
+    p.put([bytes(big)])
     assert open_fds() == files - 2
-    assert p.writes == 6 and open_fds() > before
+    p.put([b"x"])
+    assert open_fds() == files - 2, "one that is left is far too long for that"
+    assert p.writes == 7 and open_fds() > before
 
 
 def test_packs_that_nobody_frees_take_no_descriptors() -> None:
@@ -193,7 +207,7 @@ def test_packs_that_nobody_frees_take_no_descriptors() -> None:
     p = packs.WorkerPacks("c")
     names = [p.put([b"state"])[0] for _ in range(3 * packs.OPEN)]
     assert open_fds() == before + packs.OPEN
-    fds = set(p._busy.values())
+    fds = {f.fd for f in p._busy.values()}
     for name in names:
         p.free(name)
     assert not p._busy and open_fds() == before + packs.Idle.KEEP
@@ -204,7 +218,7 @@ def test_a_reader_says_what_it_drops() -> None:
     before = open_fds()
     r = packs.ReadPacks()
 
-    def give(name: str, blob: bytes) -> list[bytes]:
+    def give(name: str, blob: bytes) -> list[bytes | Blob]:
         fd = packs.new_file(name)
         packs.write(fd, [blob])
         return r.get(name, [len(blob)], fd)
@@ -219,4 +233,6 @@ def test_a_reader_says_what_it_drops() -> None:
     for i in range(packs.FEW + 1):
         give(f"c{i}", b"x")
     assert r.forget() == ["b", "c0"] and r.forget() == []
+    assert open_fds() == before + packs.FEW, "those that are kept"
+    r._packs.clear()
     assert open_fds() == before

@@ -28,13 +28,6 @@ from _pergola_native.readings import numbers, round_of
 BOOT = Path(__file__).resolve().parent.parent / "boot.py"
 
 
-@pytest.fixture(scope="session")
-def gen() -> Generation:
-    g = generations.installed("server", "client")
-    g.set_identity(7, g.server_id, 1)
-    return g
-
-
 def test_the_generation_is_the_one_of_its_names(gen: Generation) -> None:
     minor = int(generations.version().split(".")[1])
     want = "record sets" if minor < 17 else "record dicts" if minor < 20 else "objects" if minor < 41 else "tasks"

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import flwr.common
 import pytest
 from _pergola_native import generations
 from _pergola_native.frames import Frame
@@ -18,6 +19,7 @@ from relay import Peer, Relay, start
 # To 1.12 or so, the SuperLink took messages for any node, and said nothing of ids that it did not know.
 KNOWS_UNKNOWN = hasattr(ErrorCode, "MESSAGE_UNAVAILABLE")
 LOOP = Path(__file__).resolve().parent / "apps" / "loop"
+LARGE = LOOP.parent / "large"
 
 
 def test_the_version_is_the_one_asked_for() -> None:
@@ -278,6 +280,22 @@ def test_the_legacy_api() -> None:
     evaluated = [h["numbers"] for h in relay.replies if h["type"] == "evaluate"]
     assert all(set(n) == {"loss", "num_examples", "nan"} and n["nan"] == "NaN" for n in evaluated)
     assert {h["round"] for h in relay.replies if "round" in h} == {0, 1, 2}  # 0: the first parameters are asked for
+
+
+@pytest.mark.skipif(not hasattr(flwr.common, "ArrayRecord"), reason="the app wants records that are not in this Flower")
+@pytest.mark.parametrize(
+    ("isolation", "leaves"), [("warm", False), ("fork", True), pytest.param("process", False, marks=pytest.mark.once)]
+)
+def test_a_run_whose_numbers_are_all_looked_at(isolation: str, leaves: bool) -> None:
+    """Nodes and server keep everything, while files are used again for others, and the runner's are spoilt."""
+    relay = Relay(LARGE, 2, 2 if isolation == "warm" else 1, isolation, [f"leaves={str(leaves).lower()}"], spoils=True)
+    assert relay.go().get("ok"), relay.text()
+    (line,) = relay.printed("RESULT")
+    said = json.loads(line)
+    assert said["errors"] == [] and said["right"] == [True] * 18
+    assert (max(said["kept"]) > 5) == (isolation == "warm")
+    assert relay.printed("LINGERED") == ["[True, True, True]"] * (18 if leaves else 0), relay.text()
+    assert len([m for m in relay.messages if "pack" in m]) == 18 and any("pack" in h for h in relay.replies)
 
 
 # -- how a server ends --------------------------------------------------------------------------------------------
