@@ -51,15 +51,17 @@ func HandOn(up net.Conn, p Peer, c net.Conn) error {
 	}
 	rc, err := raw.SyscallConn()
 	if err != nil {
-		return fmt.Errorf("hand a link on: %w", err)
+		return WritePreface(up, p)
 	}
-	e := rc.Control(func(fd uintptr) {
-		_, _, err = u.WriteMsgUnix(preface.Bytes(), unix.UnixRights(int(fd)), nil) // of so few bytes all are written, or none
-	})
-	if err = errors.Join(e, err); err != nil {
-		return fmt.Errorf("hand a link on: %w", err)
+	n := 0
+	e := rc.Control(func(fd uintptr) { n, _, err = u.WriteMsgUnix(preface.Bytes(), unix.UnixRights(int(fd)), nil) })
+	switch err = errors.Join(e, err); {
+	case err == nil:
+		return nil
+	case n == 0: // too many descriptors are on their way, perhaps: lanes stay with the hub
+		return WritePreface(up, p)
 	}
-	return nil
+	return fmt.Errorf("hand a link on: %w", err)
 }
 
 // readHandedOn reads a preface, and what came with it; nil: nothing did.
@@ -140,6 +142,7 @@ func newLaneKey() (*laneKey, error) {
 
 // takeOver has the hub end its part in a lane that LANE frame f has begun, and gives the connection without it. conn is closed if that succeeds.
 func (k *laneKey) takeOver(ctx context.Context, conn net.Conn, raw *os.File, f frame) (net.Conn, error) {
+	defer context.AfterFunc(ctx, func() { hardClose(conn) })()
 	var b [1]byte
 	if n, err := conn.Read(b[:]); n > 0 || !errors.Is(err, io.EOF) {
 		return nil, errors.Join(errNotLink, err) // the site's end is what comes next
@@ -152,6 +155,7 @@ func (k *laneKey) takeOver(ctx context.Context, conn net.Conn, raw *os.File, f f
 		return nil, fmt.Errorf("take a connection over: %w", err)
 	}
 	tune(c)
+	defer context.AfterFunc(ctx, func() { hardClose(c) })()
 	tc := tls.Server(Coalesce(c), k.conf)
 	err = tc.SetDeadline(time.Now().Add(handshakeWait))
 	if err == nil {

@@ -133,10 +133,7 @@ func TestLanesOutsideAreCutWithTheLink(t *testing.T) {
 	site, hub := throughHub(t, a, dial, Options{})
 	for range 2 * maxLanes {
 		near, far := lanes(t, site, hub)
-		hub.line.mu.Lock()
-		tr := hub.line.tr
-		hub.line.mu.Unlock()
-		hub.line.detach(tr, errors.New("the hub has ended it"))
+		cutLink(hub)
 		for _, end := range []Stream{far, near} {
 			if _, err := end.Read(make([]byte, 1)); !errors.Is(err, ErrReset) {
 				t.Fatalf("read %v", err)
@@ -291,52 +288,39 @@ func ends(t *testing.T, spliced <-chan error) {
 	}
 }
 
-// Nobody takes over what a site has begun who lacks the session's secret, and no site goes on with a key of which the hub's TLS has not told it.
-func TestStrangersTakeNoLaneOver(t *testing.T) {
-	a, dial, spliced := hubOf(t, nil)
-	site, hub := throughHub(t, a, dial, Options{})
-	begin := func() (net.Conn, []byte, frame) {
-		t.Helper()
-		conn, err := dial(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		greeting := laneFrame(site.line.id, site.line.secret, 0)
-		if _, err := conn.Write(appendFrame(nil, greeting)); err != nil {
-			t.Fatal(err)
-		}
-		f, err := readFrame(conn)
-		if err != nil {
-			t.Fatal(err)
-		}
-		pin, err := f.handedStart(site.line.id, Version)
-		if err != nil || len(pin) != pinSize {
-			t.Fatalf("the fingerprint is %x, %v", pin, err)
-		}
-		return conn, pin, greeting
+// begun is a connection of a lane with that number, up to the START. stays tells that it is not to leave the hub.
+func begun(t *testing.T, dial Dialer, l *line, number uint64) (conn net.Conn, pin []byte, greeting frame, stays bool) {
+	t.Helper()
+	conn, err := dial(t.Context())
+	if err != nil {
+		t.Fatal(err)
 	}
+	greeting = laneFrame(l.id, l.secret, number)
+	if _, err := conn.Write(appendFrame(nil, greeting)); err != nil {
+		t.Fatal(err)
+	}
+	f, err := readFrame(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pin, err = f.handedStart(l.id, Version); err != nil {
+		t.Fatalf("a START of %d bytes: %v", len(f.body), err)
+	}
+	return conn, pin, greeting, pin == nil
+}
 
-	conn, pin, greeting := begin()
-	greeting.body[idSize] ^= 1
-	over, err := leaveHub(t.Context(), conn, pin, greeting)
-	if err == nil {
-		_, err = over.Read(make([]byte, 1))
+func overTLS(t *testing.T, c net.Conn) *tls.Conn {
+	t.Helper()
+	tc, ok := c.(*tls.Conn)
+	if !ok {
+		t.Fatalf("a %T is dialled", c)
 	}
-	if err == nil {
-		t.Error("a lane began without the secret")
-	}
-	hardClose(conn)
-	ends(t, spliced)
+	return tc
+}
 
-	conn, pin, greeting = begin()
-	pin[3] ^= 1
-	if over, err := leaveHub(t.Context(), conn, pin, greeting); err == nil {
-		over.Close()
-		t.Error("a site takes another key")
-	}
-	hardClose(conn)
-	ends(t, spliced)
-
+// nothing expects that no stream comes of what was tried, and that no place is taken.
+func nothing(t *testing.T, hub *Session) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
 	if s, err := hub.Accept(ctx); err == nil {
@@ -346,5 +330,201 @@ func TestStrangersTakeNoLaneOver(t *testing.T) {
 	defer hub.line.mu.Unlock()
 	if hub.line.theirs != 0 {
 		t.Errorf("%d places are taken", hub.line.theirs)
+	}
+}
+
+// cutLink is what the hub does when it ends a link.
+func cutLink(hub *Session) {
+	hub.line.mu.Lock()
+	tr := hub.line.tr
+	hub.line.mu.Unlock()
+	hub.line.detach(tr, errors.New("the hub has ended it"))
+}
+
+// Nobody takes over what a site has begun who lacks the session's secret, and no site goes on with a key of which the hub's TLS has not told it.
+func TestStrangersTakeNoLaneOver(t *testing.T) {
+	for name, harm := range map[string]func(pin, secret []byte){
+		"secret": func(_, secret []byte) { secret[0] ^= 1 },
+		"key":    func(pin, _ []byte) { pin[3] ^= 1 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			a, dial, spliced := hubOf(t, nil)
+			site, hub := throughHub(t, a, dial, Options{})
+			conn, pin, greeting, _ := begun(t, dial, site.line, 0)
+			harm(pin, greeting.body[idSize:])
+			over, err := leaveHub(t.Context(), conn, pin, greeting)
+			if err == nil {
+				_, err = over.Read(make([]byte, 1))
+			}
+			if err == nil {
+				t.Error("a lane began")
+			}
+			hardClose(conn)
+			ends(t, spliced)
+			nothing(t, hub)
+		})
+	}
+}
+
+// A lane that is leaving the hub while the link is cut does not come about, nor does one leave in an outage: the hub may have ended the link for good.
+func TestNoLaneLeavesWithoutItsLink(t *testing.T) {
+	a, dial, spliced := hubOf(t, nil)
+	site, hub := throughHub(t, a, dial, Options{})
+	conn, pin, greeting, _ := begun(t, dial, site.line, 0)
+	defer hardClose(conn)
+	if err := overTLS(t, conn).CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-spliced; err != nil {
+		t.Fatal(err)
+	}
+	cutLink(hub)
+	if over, err := leaveHub(t.Context(), conn, pin, greeting); err == nil {
+		if _, err := over.Read(make([]byte, 1)); err == nil {
+			t.Error("it goes on")
+		}
+	}
+	nothing(t, hub)
+}
+
+func TestNoLaneLeavesInAnOutage(t *testing.T) {
+	a, dial, _ := hubOf(t, nil)
+	id, secret, err := newSessionID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := newLine(id, secret, Peer{anna.Job, "hub"}, Options{})
+	defer l.finish(nil)
+	conn, err := l.connect(t.Context(), dial)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hub, err := a.Accept(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hub.abandon()
+	hardClose(conn)
+	cutLink(hub)
+	lane, _, _, stays := begun(t, dial, l, 0)
+	defer hardClose(lane)
+	if !stays {
+		t.Error("it leaves")
+	}
+}
+
+// Whoever stalls in the middle holds up neither the end of the acceptor nor that of the session.
+func TestStalledHandoverHoldsUpNobody(t *testing.T) {
+	var conn net.Conn
+	var began time.Time
+	t.Cleanup(func() { // the last one: sessions and acceptor have ended
+		hardClose(conn)
+		if took := time.Since(began); took > closeWait+laneWait/2 {
+			t.Errorf("it took %v", took)
+		}
+	})
+	a, dial, _ := hubOf(t, nil)
+	site, _ := throughHub(t, a, dial, Options{})
+	conn, _, _, _ = begun(t, dial, site.line, 0)
+	c := overTLS(t, conn)
+	if err := c.CloseWrite(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Fatal(err)
+	}
+	tc := tls.Client(c.NetConn(), &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true})
+	if err := tc.SetDeadline(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := tc.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	began = time.Now()
+}
+
+// Something on the way does not let a second TLS begin on a connection: the next lane stays with the hub.
+func TestLanesStayWhereTheyMust(t *testing.T) {
+	a, dial, _ := hubOf(t, nil)
+	var broken atomic.Int32
+	site, hub := throughHub(t, a, dial, Options{DialLane: func(ctx context.Context) (net.Conn, error) {
+		c, err := dial(ctx)
+		if err != nil {
+			return nil, err
+		}
+		return particular{overTLS(t, c), &broken}, nil
+	}})
+	if _, err := site.OpenLane(t.Context()); !errors.Is(err, ErrNoLane) || broken.Load() != 1 {
+		t.Fatalf("the first lane: %v, %d broken", err, broken.Load())
+	}
+	for stays := false; !stays; { // what the acceptor learns of it comes by itself
+		hub.line.mu.Lock()
+		stays = hub.line.stays
+		hub.line.mu.Unlock()
+	}
+	for _, d := range [][2]*Session{{site, hub}, {hub, site}} {
+		near, far := lanes(t, d[0], d[1])
+		if got, err := parcel(t, near, far, []byte("x")); err != nil || string(got) != "x" {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+}
+
+// particular is a connection that takes no second TLS.
+type particular struct {
+	*tls.Conn
+	broken *atomic.Int32
+}
+
+func (p particular) NetConn() net.Conn {
+	return particularBelow{p.Conn.NetConn(), p.broken}
+}
+
+type particularBelow struct {
+	net.Conn
+	broken *atomic.Int32
+}
+
+func (p particularBelow) NetConn() net.Conn { return p.Conn }
+
+func (p particularBelow) Write(b []byte) (int, error) {
+	p.broken.Add(1)
+	hardClose(p.Conn)
+	return 0, net.ErrClosed
+}
+
+// A runner that knows nothing of handing on reads the same preface, and the descriptor goes.
+func TestHandedOnToAnOlderRunner(t *testing.T) {
+	sock, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sock.Close()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	both := make([]net.Conn, 4)
+	for i, dial := range []func() (net.Conn, error){
+		func() (net.Conn, error) { return net.Dial("tcp", ln.Addr().String()) }, ln.Accept,
+		func() (net.Conn, error) { return net.Dial("unix", sock.Addr().String()) }, sock.Accept,
+	} {
+		if both[i], err = dial(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { both[i].Close() })
+	}
+	if err := HandOn(both[2], anna, both[1]); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := ReadPreface(both[3]); err != nil || p != anna {
+		t.Fatalf("%v, %v", p, err)
+	}
+	if err := both[1].Close(); err != nil { // nobody else has it
+		t.Fatal(err)
+	}
+	if _, err := both[0].Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		t.Errorf("read %v", err)
 	}
 }

@@ -46,6 +46,7 @@ var ErrNoLane = errors.New("the link has no lane")
 var (
 	errFull       = fmt.Errorf("%w left: it has %d", ErrNoLane, maxLanes)
 	errLaneCut    = fmt.Errorf("%w: it was cut meanwhile", ErrNoLane)
+	errStays      = fmt.Errorf("%w that leaves the hub", ErrNoLane)
 	errLaneDenied = fmt.Errorf("%w: the other end could not make it", ErrNoLane)
 )
 
@@ -263,7 +264,9 @@ func (l *line) laneFailed(ctx context.Context, cuts int64, err error) error {
 		return err
 	}
 	l.mu.Lock()
-	if l.tr != nil && l.stats.Cuts == cuts {
+	first := errors.Is(err, errStays) && !l.tried // the next one stays with the hub
+	l.tried = l.tried || first
+	if l.tr != nil && l.stats.Cuts == cuts && !first {
 		l.laneless = time.Now()
 	}
 	l.mu.Unlock()
@@ -276,10 +279,13 @@ func (l *line) laneFailed(ctx context.Context, cuts int64, err error) error {
 
 // dialLane makes the connection of a lane, for which there is a place, and greets the other end. Number 0 is one of this end's own.
 func (l *line) dialLane(ctx context.Context, number uint64) (*lane, error) {
+	l.mu.Lock()
+	tr := l.tr
+	l.mu.Unlock()
 	conn, err := l.greetLane(ctx, number)
 	if err == nil {
 		var la *lane
-		if la, err = l.adopt(conn, number == 0); err == nil {
+		if la, err = l.adopt(conn, number == 0, tr); err == nil {
 			return la, nil
 		}
 		hardClose(conn)
@@ -298,7 +304,8 @@ func (l *line) greetLane(ctx context.Context, number uint64) (net.Conn, error) {
 		return nil, err
 	}
 	tune(conn)
-	defer context.AfterFunc(ctx, func() { hardClose(conn) })()
+	below := innermost(conn)
+	defer context.AfterFunc(ctx, func() { _ = below.Close() })()
 	greeting := laneFrame(l.id, l.secret, number).in(l.speaksIn())
 	var f frame
 	err = conn.SetDeadline(time.Now().Add(handshakeWait))
@@ -319,8 +326,10 @@ func (l *line) greetLane(ctx context.Context, number uint64) (net.Conn, error) {
 		pin, err = f.handedStart(l.id, greeting.version)
 		if err == nil && pin != nil {
 			over, e := leaveHub(ctx, conn, pin, greeting)
-			if err = e; err == nil {
+			if e == nil {
 				conn = over
+			} else {
+				err = fmt.Errorf("%w: %w", errStays, e)
 			}
 		}
 		if err == nil {
@@ -334,17 +343,21 @@ func (l *line) greetLane(ctx context.Context, number uint64) (net.Conn, error) {
 	return conn, nil
 }
 
-// adopt makes a lane of a connection on which the ends greet each other, or have; for which there is a place. On an error, both stay the
-// caller's.
-func (l *line) adopt(conn net.Conn, own bool) (*lane, error) {
+// adopt makes a lane of a connection on which the ends greet each other, or have; for which there is a place, and which began with the
+// transport tr. On an error, connection and place stay the caller's.
+func (l *line) adopt(conn net.Conn, own bool, tr *transport) (*lane, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.ended {
+	_, out := conn.(handed)
+	switch {
+	case l.ended:
 		return nil, ErrNoLane
+	case out && (tr == nil || l.tr != tr): // the hub has ended it, or may have wanted to
+		return nil, errLaneCut
 	}
 	now := time.Now()
 	la := &lane{conn: conn, wire: coalescerOf(conn), l: l, s: l.session, own: own, cuts: l.stats.Cuts, told: now, looked: now}
-	_, la.out = conn.(handed)
+	la.out = out
 	la.readBy.apply, la.writeBy.apply = conn.SetReadDeadline, conn.SetWriteDeadline
 	l.lanes[la] = true
 	return la, nil
@@ -449,6 +462,7 @@ func (a *Acceptor) lane(ctx context.Context, peer Peer, conn net.Conn, raw *os.F
 	come := l.asked[number] // whoever waits there has its place
 	delete(l.asked, number)
 	full := l.theirs >= 2*maxLanes
+	tr, stays := l.tr, l.stays
 	if number == 0 && !full {
 		l.theirs++
 	}
@@ -460,12 +474,20 @@ func (a *Acceptor) lane(ctx context.Context, peer Peer, conn net.Conn, raw *os.F
 		return refuse(refuseFull, errFull)
 	}
 	var la *lane
-	begun, err := a.start(ctx, conn, raw, f, id)
+	if tr == nil || stays {
+		raw = nil
+	}
+	begun, err := a.start(ctx, conn, raw, f, id, tr)
+	if errors.Is(err, errStays) {
+		l.mu.Lock()
+		l.stays = l.stays || l.tr == tr && ctx.Err() == nil
+		l.mu.Unlock()
+	}
 	if err == nil {
 		err = begun.SetDeadline(time.Time{})
 	}
 	if err == nil {
-		la, err = l.adopt(begun, number > 0)
+		la, err = l.adopt(begun, number > 0, tr)
 	}
 	if err != nil && begun != nil {
 		hardClose(begun)
@@ -485,8 +507,8 @@ func (a *Acceptor) lane(ctx context.Context, peer Peer, conn net.Conn, raw *os.F
 }
 
 // start answers the greeting f of a lane, and gives the connection that it is on from then on: raw, which is below conn's TLS, where there
-// is one.
-func (a *Acceptor) start(ctx context.Context, conn net.Conn, raw *os.File, f frame, id sessionID) (net.Conn, error) {
+// is one. That is while the session has transport tr, with which the hub would end it.
+func (a *Acceptor) start(ctx context.Context, conn net.Conn, raw *os.File, f frame, id sessionID, tr *transport) (net.Conn, error) {
 	if raw == nil || f.version < handedSince {
 		tune(conn)
 		_, err := conn.Write(appendFrame(nil, startFrame(id).in(f.version)))
@@ -499,7 +521,13 @@ func (a *Acceptor) start(ctx context.Context, conn net.Conn, raw *os.File, f fra
 	if _, err := conn.Write(appendFrame(nil, handedFrame(id, key.pin).in(f.version))); err != nil {
 		return nil, err
 	}
-	return key.takeOver(ctx, conn, raw, f)
+	ctx, cancel := tr.while(ctx)
+	defer cancel()
+	over, err := key.takeOver(ctx, conn, raw, f)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errStays, err)
+	}
+	return over, nil
 }
 
 var errLate = errors.New("nobody waits for it any more")

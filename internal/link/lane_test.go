@@ -600,7 +600,7 @@ func FuzzLane(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		near, far := net.Pipe()
 		l := newLine(sessionID{1}, [keySize]byte{}, anna, Options{})
-		la, err := l.adopt(far, true)
+		la, err := l.adopt(far, true, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

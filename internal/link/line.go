@@ -102,6 +102,8 @@ type line struct {
 	words    []unit                     // of ASK and NO that have not been said
 	laneless time.Time                  // when a lane could not be had; zero if the link was cut since
 	broken   int                        // lanes that broke in a row, while the link did not
+	stays    bool                       // one could not leave the hub, though the hub had let it: something on the way does not want that
+	tried    bool                       // one of this end's could not
 
 	laneSent, laneReceived atomic.Int64 // bytes
 }

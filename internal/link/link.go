@@ -1,9 +1,9 @@
 // Package link carries streams between the two runners of a job over a connection that may come and go. Bytes arrive
 // once and in order; an outage costs at most the replay buffer (8 MiB each way unless set otherwise) and nobody above
-// notices more than a pause, as long as it is shorter than [Options].Tolerance. It knows nothing of jobs, of TLS or of
+// notices more than a pause, as long as it is shorter than [Options].Tolerance. It knows nothing of jobs or of
 // Flower: a [Dialer] gives the transports, any reliable byte stream will do.
 //
-//	site runner ── Dial ═ TLS ═ hub: WritePreface, Splice ═ unix socket ═ Acceptor ── hub runner
+//	site runner ── Dial ═ TLS ═ hub: HandOn, Splice ═ unix socket ═ Acceptor ── hub runner
 //
 //	streams (yamux)            Session, session.go
 //	  └─ one byte stream       line.go: numbers, keeps and replays; never ends by an outage
@@ -11,6 +11,7 @@
 //	                           HELLO{session, secret, position} ─▶ ◀─ WELCOME{position} or REFUSE{reason}
 //
 // What is much and can be sent again may have a lane beside that, lane.go: a stream on a connection of its own, which costs less and ends with it.
+// Where the hub passes what lies below its TLS to its runner ([HandOn]), a lane leaves it, handover.go.
 //
 // Both ends send something at least every few seconds; an end that hears nothing for 15 s takes the path for dead, and the
 // dialling end makes a new one. Start with [Dial] and [NewAcceptor]; docs/link-protocol.md has the protocol.

@@ -74,6 +74,24 @@ func (t *transport) drop() {
 // heard is when anything last came.
 func (t *transport) heard() time.Time { return t.began.Add(time.Duration(t.last.Load())) }
 
+// while gives a context that is done when the transport is lost, too. The caller ends it.
+func (t *transport) while(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		select {
+		case <-t.lost:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, func() {
+		cancel()
+		<-done
+	}
+}
+
 // run carries the line until the transport is lost or both ends have closed.
 func (t *transport) run() {
 	var writer sync.WaitGroup
