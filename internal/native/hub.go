@@ -138,6 +138,7 @@ func (h *Hub) Run(ctx context.Context, p *Peer, app StartApp) (Result, error) {
 		case <-there.Done():
 		}
 	})
+	defer h.end() // after the writer: what it passes on is not to be closed, and its descriptor another's, meanwhile
 	defer writer.Wait()
 	defer gone()
 	defer stop()
@@ -146,7 +147,6 @@ func (h *Hub) Run(ctx context.Context, p *Peer, app StartApp) (Result, error) {
 	out.put(frame{head: head{T: tStart, Run: h.run, Task: 1, App: app.Dir, Cwd: app.Cwd, Config: app.Config, Nodes: h.nodesLocked()}})
 	h.server = out
 	h.mu.Unlock()
-	defer h.end()
 	var err error
 	for err == nil {
 		var f frame

@@ -215,6 +215,17 @@ def may_map() -> bool:
     return len(maps) < MOST and sum(dict(m.whole for m in alone).values()) - sum(map(len, alone)) <= SLACK
 
 
+def empty(fd: int, maker: int) -> None:
+    """Give up the pages of a file that nobody else reads, if mappings that do without it keep it all the same.
+
+    `maker` is the process whose file it is: one that was forked has no say.
+    """
+    status = os.fstat(fd)
+    if os.getpid() == maker and any(m.file is None and m.whole[0] == status.st_ino for m in _living(_maps)):
+        with mmap.mmap(fd, status.st_size) as pages:
+            pages.madvise(mmap.MADV_REMOVE)
+
+
 def settle(file: File | None = None) -> None:
     """Have what is held, of one file or of all, do without the file."""
     for f in [file] if file is not None else _living(_files):

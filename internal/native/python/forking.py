@@ -188,9 +188,13 @@ class Template:
                 self._leaving.append(child)
             used = set()
             if reply is not None:
-                for name, fd in zip(reply.head.get("fds") or [], reply.fds):
-                    keep(self._busy, name, fd)
-                    used.add(os.fstat(fd).st_ino)
+                inodes = [os.fstat(fd).st_ino for fd in reply.fds]
+                for name, fd, inode in zip(reply.head.get("fds") or [], reply.fds, inodes):
+                    if inodes.count(inode) == 1:
+                        keep(self._busy, name, fd)
+                    else:
+                        os.close(fd)  # the state's as well: the file is not used again, since either may be free before the other
+                    used.add(inode)
             for fd in idle:
                 if os.fstat(fd).st_ino in used:
                     os.close(fd)  # it is the reply's now, under another descriptor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -11,7 +12,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from .arrays import Beside
-from .blobs import MOST, Blob, File, count, trim
+from .blobs import MOST, Blob, File, count, empty, trim
 from .codec import Codec
 from .frames import Frame, Link, ProtocolError
 from .generations import EXPIRED, NO_REPLY, Generation
@@ -206,9 +207,11 @@ class Exchange:
 
     def _releaser(self, pack: str) -> Callable[[int], None]:
         """Make what is called when a reply's pack is read, or its arrays are gone."""
-        done, close = self._done, os.close
+        done, close, maker = self._done, os.close, os.getpid()
 
         def release(fd: int) -> None:  # by any thread, in the middle of anything
+            with contextlib.suppress(OSError, ValueError):  # it costs memory
+                empty(fd, maker)
             close(fd)
             done.put(pack)
 

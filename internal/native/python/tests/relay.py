@@ -41,6 +41,11 @@ def start(role: str, env: dict[str, str] | None = None, command: list[str] | Non
     return p, Link(ours)
 
 
+def spoil(fd: int) -> None:
+    """Write other things over a pack."""
+    os.pwrite(fd, b"\xff" * os.fstat(fd).st_size, 0)
+
+
 def copied(fd: int) -> int:
     """Copy a pack into a file of one's own."""
     new = os.memfd_create("relay")
@@ -117,7 +122,10 @@ class Relay:
         self.nodes = [rng.getrandbits(62) for _ in range(nodes)]
         self.run = rng.getrandbits(62)
         self.app, self.isolation, self.config, self.env = app, isolation, config or [], env
-        self.spoils = spoils  # as at a site: workers get packs of the runner's own, which it uses again when they are dropped
+        # As in a job: each end gets packs of its runner's own, which that uses again when they are dropped or free; and what a worker
+        # has written is free as soon as it is passed on.
+        self.spoils = spoils
+        self.passed: dict[str, int] = {}
         self.state: dict[int, tuple[bytes, dict[str, Any], int | None]] = {}
         self.done: dict[str, Any] = {}
         self.replies: list[dict[str, Any]] = []
@@ -185,7 +193,7 @@ class Relay:
         finally:
             for p in [self.server, *self.workers]:
                 p.status = p.end()
-        for fd in [*self.packs.values(), *(fd for _, _, fd in self.state.values() if fd is not None)]:
+        for fd in [*self.packs.values(), *self.passed.values(), *(fd for _, _, fd in self.state.values() if fd is not None)]:
             os.close(fd)
         return self.done
 
@@ -210,9 +218,13 @@ class Relay:
         elif frame.kind == "drop":
             fd = self.packs.pop(head["pack"])
             if self.spoils:
-                os.pwrite(fd, b"\xff" * os.fstat(fd).st_size, 0)
+                spoil(fd)
             os.close(fd)
             self.server.link.send(Frame({"t": "forgot", "pack": head["pack"]}))
+        elif frame.kind == "free" and self.spoils:
+            fd = self.passed.pop(head["pack"])
+            spoil(fd)
+            os.close(fd)
         elif frame.kind == "free":
             self._free(head["pack"])
         else:
@@ -281,9 +293,14 @@ class Relay:
             self.owner[head["pack"]] = peer
             out["fds"] = [head["pack"]]
             fds = [named[head["pack"]]]
+            if self.spoils:
+                fds = [copied(fds[0])]
+                self.passed[head["pack"]] = os.dup(fds[0])
         self.server.link.send(Frame(out, frame.proto, b"", fds))
         for fd in fds:
             os.close(fd)
+        if self.spoils and "pack" in head:
+            self._free(head["pack"])
         peer.over = self.isolation == "process"
         self._pump(peer)
 

@@ -712,6 +712,27 @@ def test_a_reply_is_freed_when_nobody_has_anything_of_it(gen: Generation) -> Non
     assert freed(end) >= 7 and all(np.array_equal(a.numpy(), numbers(3)) for k, a in record.items() if k != "x")
 
 
+def test_numbers_that_are_kept_do_not_keep_the_reply(gen: Generation) -> None:
+    if not gen.lazy.maps:
+        pytest.skip("they are copies")
+    end = server(gen)
+    reply = reply_of(gen, end, content(gen, Array(numbers(1)), Array(numbers(2, 9 * FROM))))
+    one = reply.content["arrays"]["0"]
+    file = lazy.of(one).file  # type: ignore[union-attr]
+    assert file is not None
+    watched = os.dup(file.fd)
+    kept = one.numpy()
+    del reply, one, file
+    assert freed(end) == 0 and os.fstat(watched).st_blocks > 0
+    blobs.settle()
+    assert freed(end) == 1 and os.fstat(watched).st_blocks == 0 and np.array_equal(kept, numbers(1))
+    # A process that was forked has no say.
+    os.pwrite(watched, b"x", 0)
+    blobs.empty(watched, os.getpid() + 1)
+    assert os.fstat(watched).st_blocks > 0
+    os.close(watched)
+
+
 def test_a_cycle_is_read_by_its_finalizer_and_lives_on(gen: Generation) -> None:
     """The collector calls finalizers in any order, and has ended weak references before."""
     saved: list[Any] = []

@@ -20,6 +20,7 @@ from relay import Peer, Relay, start
 KNOWS_UNKNOWN = hasattr(ErrorCode, "MESSAGE_UNAVAILABLE")
 LOOP = Path(__file__).resolve().parent / "apps" / "loop"
 LARGE = LOOP.parent / "large"
+SAME = LOOP.parent / "same"
 
 
 def test_the_version_is_the_one_asked_for() -> None:
@@ -296,6 +297,19 @@ def test_a_run_whose_numbers_are_all_looked_at(isolation: str, leaves: bool) -> 
     assert (max(said["kept"]) > 5) == (isolation == "warm")
     assert relay.printed("LINGERED") == ["[True, True, True]"] * (18 if leaves else 0), relay.text()
     assert len([m for m in relay.messages if "pack" in m]) == 18 and any("pack" in h for h in relay.replies)
+
+
+@pytest.mark.skipif(not hasattr(flwr.common, "ArrayRecord"), reason="the app wants records that are not in this Flower")
+@pytest.mark.parametrize(
+    ("isolation", "always"),
+    [("warm", False), ("warm", True), ("fork", False), ("fork", True), pytest.param("process", True, marks=pytest.mark.once)],
+)
+def test_arrays_that_are_in_the_reply_and_in_the_state(isolation: str, always: bool) -> None:
+    """One file has both, and is not used again before both are done with it."""
+    relay = Relay(SAME, 2, 1, isolation, [f"always={str(always).lower()}"], spoils=True)
+    assert relay.go().get("ok"), relay.text()
+    (line,) = relay.printed("RESULT")
+    assert json.loads(line) == [[number, True, []] for number in range(1, 6) for _ in range(2)]
 
 
 # -- how a server ends --------------------------------------------------------------------------------------------
