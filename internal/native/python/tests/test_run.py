@@ -302,7 +302,11 @@ def test_a_run_whose_numbers_are_all_looked_at(isolation: str, leaves: bool) -> 
 @pytest.mark.skipif(not hasattr(flwr.common, "ArrayRecord"), reason="the app wants records that are not in this Flower")
 @pytest.mark.parametrize(
     ("isolation", "always"),
-    [("warm", False), ("warm", True), ("fork", False), ("fork", True), pytest.param("process", True, marks=pytest.mark.once)],
+    [
+        ("fork", False),
+        ("fork", True),
+        *(pytest.param(i, a, marks=pytest.mark.once) for i, a in (("warm", False), ("warm", True), ("process", True))),
+    ],
 )
 def test_arrays_that_are_in_the_reply_and_in_the_state(isolation: str, always: bool) -> None:
     """One file has both, and is not used again before both are done with it."""
