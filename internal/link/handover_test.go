@@ -62,25 +62,6 @@ func hubOf(t *testing.T, via func(port string) string) (a *Acceptor, dial Dialer
 	return a, func(ctx context.Context) (net.Conn, error) { return d.DialContext(ctx, "tcp", addr) }, spliced
 }
 
-// throughHub gives both ends of a session by way of a hub.
-func throughHub(t *testing.T, a *Acceptor, dial Dialer, opts Options) (site, hub *Session) {
-	t.Helper()
-	opts.Peer = Peer{anna.Job, "hub"}
-	site, err := Dial(t.Context(), dial, opts)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if hub, err = a.Accept(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := errors.Join(site.Close(), hub.Close()); err != nil {
-			t.Errorf("close: %v", err)
-		}
-	})
-	return site, hub
-}
-
 // parcel sends over a lane, and gives what arrived and what the sender heard.
 func parcel(t *testing.T, near, far Stream, sent []byte) ([]byte, error) {
 	t.Helper()
@@ -104,7 +85,7 @@ func TestLanesLeaveTheHub(t *testing.T) {
 	}{"now": {leave: true}, "with a site of version 3": {speak: compat.Range{Min: 2, Max: 3}}} {
 		t.Run(name, func(t *testing.T) {
 			a, dial, spliced := hubOf(t, nil)
-			site, hub := throughHub(t, a, dial, Options{speak: c.speak})
+			site, hub := joined(t, a, dial, Options{speak: c.speak})
 			for _, d := range [][2]*Session{{site, hub}, {hub, site}} {
 				near, far := lanes(t, d[0], d[1])
 				if c.leave {
@@ -130,7 +111,7 @@ func TestLanesLeaveTheHub(t *testing.T) {
 // With its link, a lane that has left the hub is cut, for the hub cannot reach it; its place is free again.
 func TestLanesOutsideAreCutWithTheLink(t *testing.T) {
 	a, dial, _ := hubOf(t, nil)
-	site, hub := throughHub(t, a, dial, Options{})
+	site, hub := joined(t, a, dial, Options{})
 	for range 2 * maxLanes {
 		near, far := lanes(t, site, hub)
 		cutLink(hub)
@@ -169,7 +150,7 @@ func TestHandoverIsCutAnywhere(t *testing.T) {
 					return -1, int64(after)
 				})
 			})
-			site, hub := throughHub(t, a, dial, Options{})
+			site, hub := joined(t, a, dial, Options{})
 			sent := []byte("what is sent")
 			var arrived atomic.Int32
 			ctx, cancel := context.WithCancel(t.Context())
@@ -349,7 +330,7 @@ func TestStrangersTakeNoLaneOver(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			a, dial, spliced := hubOf(t, nil)
-			site, hub := throughHub(t, a, dial, Options{})
+			site, hub := joined(t, a, dial, Options{})
 			conn, pin, greeting, _ := begun(t, dial, site.line, 0)
 			harm(pin, greeting.body[idSize:])
 			over, err := leaveHub(t.Context(), conn, pin, greeting)
@@ -369,7 +350,7 @@ func TestStrangersTakeNoLaneOver(t *testing.T) {
 // A lane that is leaving the hub while the link is cut does not come about, nor does one leave in an outage: the hub may have ended the link for good.
 func TestNoLaneLeavesWithoutItsLink(t *testing.T) {
 	a, dial, spliced := hubOf(t, nil)
-	site, hub := throughHub(t, a, dial, Options{})
+	site, hub := joined(t, a, dial, Options{})
 	conn, pin, greeting, _ := begun(t, dial, site.line, 0)
 	defer hardClose(conn)
 	if err := overTLS(t, conn).CloseWrite(); err != nil {
@@ -424,7 +405,7 @@ func TestStalledHandoverHoldsUpNobody(t *testing.T) {
 		}
 	})
 	a, dial, _ := hubOf(t, nil)
-	site, _ := throughHub(t, a, dial, Options{})
+	site, _ := joined(t, a, dial, Options{})
 	conn, _, _, _ = begun(t, dial, site.line, 0)
 	c := overTLS(t, conn)
 	if err := c.CloseWrite(); err != nil {
@@ -447,7 +428,7 @@ func TestStalledHandoverHoldsUpNobody(t *testing.T) {
 func TestLanesStayWhereTheyMust(t *testing.T) {
 	a, dial, _ := hubOf(t, nil)
 	var broken atomic.Int32
-	site, hub := throughHub(t, a, dial, Options{DialLane: func(ctx context.Context) (net.Conn, error) {
+	site, hub := joined(t, a, dial, Options{DialLane: func(ctx context.Context) (net.Conn, error) {
 		c, err := dial(ctx)
 		if err != nil {
 			return nil, err
