@@ -20,6 +20,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/pergolafl/pergola/internal/sock"
 )
 
 // handedSince is the version of the link in which a lane may leave the hub.
@@ -87,27 +89,16 @@ type fileReader struct {
 }
 
 func (r *fileReader) Read(b []byte) (int, error) {
-	oob := make([]byte, unix.CmsgSpace(4))
-	n, oobn, _, _, err := r.conn.ReadMsgUnix(b, oob)
-	if oobn > 0 {
-		messages, perr := unix.ParseSocketControlMessage(oob[:oobn])
-		for _, m := range messages {
-			fds, _ := unix.ParseUnixRights(&m) // other kinds are not for us
-			for _, fd := range fds {
-				f := os.NewFile(uintptr(fd), "connection")
-				if r.file != nil {
-					_ = f.Close() // one is what the hub sends
-					continue
-				}
-				r.file = f
-			}
+	n, files, err := sock.ReadFiles(r.conn, b, 1)
+	for _, f := range files {
+		if r.file != nil {
+			_ = f.Close() // one is what the hub sends
+			continue
 		}
-		if err == nil {
-			err = perr
-		}
+		r.file = f
 	}
-	if n == 0 && err == nil && len(b) > 0 {
-		err = io.EOF
+	if errors.Is(err, sock.ErrLost) {
+		err = nil // the lane stays with the hub
 	}
 	return n, err
 }
@@ -143,9 +134,8 @@ func newLaneKey() (*laneKey, error) {
 // takeOver has the hub end its part in a lane that LANE frame f has begun, and gives the connection without it. conn is closed if that succeeds.
 func (k *laneKey) takeOver(ctx context.Context, conn net.Conn, raw *os.File, f frame) (net.Conn, error) {
 	defer context.AfterFunc(ctx, func() { hardClose(conn) })()
-	var b [1]byte
-	if n, err := conn.Read(b[:]); n > 0 || !errors.Is(err, io.EOF) {
-		return nil, errors.Join(errNotLink, err) // the site's end is what comes next
+	if err := awaitEnd(conn); err != nil {
+		return nil, err
 	}
 	if err := closeWrite(conn); err != nil {
 		return nil, err
@@ -175,6 +165,15 @@ func (k *laneKey) takeOver(ctx context.Context, conn net.Conn, raw *os.File, f f
 	return handed{tc}, conn.Close()
 }
 
+// awaitEnd waits for the other end's half to end: nothing else may come while a lane leaves the hub.
+func awaitEnd(r io.Reader) error {
+	var b [1]byte
+	if n, err := r.Read(b[:]); n > 0 || !errors.Is(err, io.EOF) {
+		return errors.Join(errNotLink, err)
+	}
+	return nil
+}
+
 // leaveHub ends the hub's TLS over a lane, and begins that with the hub's runner, which has the key with that fingerprint.
 func leaveHub(ctx context.Context, conn net.Conn, pin []byte, greeting frame) (net.Conn, error) {
 	c, ok := conn.(interface {
@@ -188,9 +187,8 @@ func leaveHub(ctx context.Context, conn net.Conn, pin []byte, greeting frame) (n
 	if err := c.CloseWrite(); err != nil {
 		return nil, err
 	}
-	var b [1]byte
-	if n, err := c.Read(b[:]); n > 0 || !errors.Is(err, io.EOF) {
-		return nil, errors.Join(errNotLink, err)
+	if err := awaitEnd(c); err != nil {
+		return nil, err
 	}
 	tc := tls.Client(c.NetConn(), &tls.Config{
 		MinVersion:         tls.VersionTLS13,

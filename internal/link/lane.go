@@ -356,8 +356,7 @@ func (l *line) adopt(conn net.Conn, own bool, tr *transport) (*lane, error) {
 		return nil, errLaneCut
 	}
 	now := time.Now()
-	la := &lane{conn: conn, wire: coalescerOf(conn), l: l, s: l.session, own: own, cuts: l.stats.Cuts, told: now, looked: now}
-	la.out = out
+	la := &lane{conn: conn, wire: coalescerOf(conn), l: l, s: l.session, own: own, out: out, cuts: l.stats.Cuts, told: now, looked: now}
 	la.readBy.apply, la.writeBy.apply = conn.SetReadDeadline, conn.SetWriteDeadline
 	l.lanes[la] = true
 	return la, nil

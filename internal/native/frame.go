@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"os"
@@ -14,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/pergolafl/pergola/internal/problem"
+	"github.com/pergolafl/pergola/internal/sock"
 )
 
 // Protocol is the version of the frames, said in hello by either end.
@@ -285,40 +285,12 @@ func (c *conn) read() (frame, error) {
 type filesReader struct{ c *conn }
 
 func (r filesReader) Read(b []byte) (int, error) {
-	oob := make([]byte, unix.CmsgSpace(maxFiles*4))
-	n, oobn, flags, _, err := r.c.unix.ReadMsgUnix(b, oob)
-	if oobn > 0 {
-		files, ferr := parseFiles(oob[:oobn])
-		r.c.got = append(r.c.got, files...)
-		if err == nil {
-			err = ferr
-		}
-	}
-	if err == nil && flags&unix.MSG_CTRUNC != 0 {
+	n, files, err := sock.ReadFiles(r.c.unix, b, maxFiles)
+	r.c.got = append(r.c.got, files...)
+	if errors.Is(err, sock.ErrLost) {
 		err = errFrame("more than %d files came at once, or none can be opened any more", maxFiles)
 	}
-	if err == nil && n == 0 && len(b) > 0 {
-		err = io.EOF
-	}
 	return n, err
-}
-
-func parseFiles(oob []byte) ([]*os.File, error) {
-	messages, err := unix.ParseSocketControlMessage(oob)
-	if err != nil {
-		return nil, fmt.Errorf("read the descriptors of a frame: %w", err)
-	}
-	var out []*os.File
-	for _, m := range messages {
-		fds, err := unix.ParseUnixRights(&m)
-		if err != nil {
-			return out, fmt.Errorf("read the descriptors of a frame: %w", err)
-		}
-		for _, fd := range fds {
-			out = append(out, os.NewFile(uintptr(fd), "pack"))
-		}
-	}
-	return out, nil
 }
 
 // write sends a frame; its files stay the caller's.

@@ -22,7 +22,6 @@ MAP_FROM = 1 << 20  # bytes from which on numbers are those of the file's pages
 ALIGNED = 16  # bytes; what malloc gives at least
 SLACK = 64 << 20  # bytes of arrays that are gone which a file may hold beside those that are not
 
-
 _POPULATE_READ, _POPULATE_WRITE = 22, 23  # of madvise, since Linux 5.14; Python has no names for them
 
 

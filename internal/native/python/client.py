@@ -11,7 +11,7 @@ from typing import Any
 
 from . import generations
 from .arrays import Beside
-from .blobs import MOST, Blob, File, count, settle
+from .blobs import Blob, File, settle
 from .codec import Codec
 from .exits import flush
 from .frames import PROTOCOL, Frame, Link, ProtocolError
@@ -146,15 +146,12 @@ class Worker:
         flush()
         return out
 
-    def _lazy(self) -> bool:
-        return self.gen.lazy.reads and count() < MOST
-
     def _beside(self, frame: Frame) -> tuple[list[int], list[bytes | Blob]]:
         name = frame.head.get("pack")
         if name is None:
             return [], []
         sizes: list[int] = frame.head.get("lens") or []
-        return sizes, self.read.get(name, sizes, frame.take(name), self._lazy())
+        return sizes, self.read.get(name, sizes, frame.take(name), self.gen.lazy.may_stay())
 
     def _beside_state(self, frame: Frame) -> tuple[list[int], list[bytes | Blob]]:
         name = frame.head.get("spack")
@@ -165,7 +162,7 @@ class Worker:
             raise ProtocolError(f"the state's pack {name:.100} is named without its descriptor")
         self._state = File(fd, os.close)
         sizes = check(fd, frame.head.get("slens"))
-        return sizes, held(self._state, read(self._state, sizes, self._lazy()))
+        return sizes, held(self._state, read(self._state, sizes, self.gen.lazy.may_stay()))
 
     def _encode(self, reply: Any) -> tuple[bytes, Beside]:
         return self.codec.encode(reply, message_id=self.gen.new_id())

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from .arrays import Beside
-from .blobs import MOST, Blob, File, count, empty, trim
+from .blobs import Blob, File, empty, trim
 from .codec import Codec
 from .frames import Frame, Link, ProtocolError
 from .generations import EXPIRED, NO_REPLY, Generation
@@ -188,7 +188,7 @@ class Exchange:
             trim()
             file = File(frame.fds.pop(), self._releaser(head["pack"]))
             lens = check(file.fd, head.get("lens"))
-            blobs = held(file, read(file, lens, self.gen.lazy.reads and count() < MOST))
+            blobs = held(file, read(file, lens, self.gen.lazy.may_stay()))
             del file  # once nobody wants anything of it, it goes
 
         def make(meta: Any) -> Any:

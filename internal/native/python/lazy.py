@@ -90,6 +90,10 @@ class Lazy:
         os.register_at_fork(before=blobs.settle, after_in_child=self._leave)
         self.reads = True
 
+    def may_stay(self) -> bool:
+        """Tell whether arrays of another file may stay in it."""
+        return self.reads and blobs.count() < blobs.MOST
+
     def _leave(self) -> None:
         self.arena = None
         blobs.settle()  # what other threads have made in the very moment
