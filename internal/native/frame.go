@@ -38,7 +38,6 @@ const (
 	tNodes   = "nodes"
 	tForgot  = "forgot"
 	tFree    = "free"
-	tDrop    = "drop"
 	tDone    = "done"
 	tPack    = "pack"
 )
@@ -78,6 +77,7 @@ type head struct {
 	Slen       int             `json:"slen,omitempty"`
 	Pack       string          `json:"pack,omitempty"`
 	Lens       []int64         `json:"lens,omitempty"`
+	Drop       []string        `json:"drop,omitempty"` // packs that the ServerApp's process will not name again
 	SPack      string          `json:"spack,omitempty"`
 	SLens      []int64         `json:"slens,omitempty"`
 	Fds        []string        `json:"fds,omitempty"`

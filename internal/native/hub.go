@@ -164,8 +164,6 @@ func (h *Hub) Run(ctx context.Context, p *Peer, app StartApp) (Result, error) {
 			delete(h.replies, f.Pack)
 			h.mu.Unlock()
 			h.files.put(file)
-		case tDrop:
-			err = h.drop(f.Pack)
 		case tDone:
 			f.close()
 			return Result{OK: f.OK, Error: f.Error, Exception: f.Exception, Seconds: f.Seconds}, nil
@@ -244,6 +242,12 @@ func (h *Hub) message(f *frame, took int) error {
 	if f.Pack != "" {
 		var err error
 		if pack, err = h.pack(f); err != nil {
+			return err
+		}
+	}
+	// After the message's own pack, which may be one of them by another name, and before it goes to a site, which may take it into their files.
+	for _, name := range f.Drop {
+		if err := h.drop(name); err != nil {
 			return err
 		}
 	}

@@ -481,10 +481,11 @@ func TestPacks(t *testing.T) {
 	}
 	// The file of the second was never kept: an app that makes its model anew for each client would otherwise have them all at once.
 	for _, name := range []string{"s.2", "s.1"} {
-		w.send(frame{head: head{T: tDrop, Pack: name}})
+		w.send(frame{head: head{T: tMsg, ID: "without." + name, Node: w.nodes[0], TTL: 100, Drop: []string{name}}, proto: []byte("x")})
 		if f := w.next(tForgot); f.Pack != name {
 			t.Errorf("%s is forgotten when %s is dropped", f.Pack, name)
 		}
+		w.next(tReply)
 	}
 	for _, n := range w.nodes { // what comes behind the word to the sites has been answered
 		w.send(frame{head: head{T: tMsg, ID: fmt.Sprint("last.", n), Node: n, TTL: 100}, proto: []byte("x")})
@@ -892,7 +893,7 @@ func TestServerThatSaysNonsense(t *testing.T) {
 		{head: head{T: tReply, ID: "a"}},
 		{head: head{T: tMsg, ID: "", Node: 1}},
 		{head: head{T: tMsg, ID: "a", Pack: "s.7"}},
-		{head: head{T: tDrop, Pack: "s.7"}},
+		{head: head{T: tMsg, ID: "a", Drop: []string{"s.7"}}},
 		{head: head{T: tMsg, ID: "a", Pack: "s.1", Lens: []int64{100}, Fds: []string{"s.1"}}, files: []*os.File{memory(t, "x")}},
 	} {
 		w := newWorld(t, 1, 1, 1, Warm, echo)

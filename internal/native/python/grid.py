@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import logging
 import os
 import threading
@@ -17,6 +19,9 @@ from .codec import Codec
 from .frames import Frame, Link, ProtocolError
 from .generations import EXPIRED, NO_REPLY, Generation
 from .packs import ServerPacks, check, held, read
+
+ENOUGH = 64 << 20  # bytes of replies that have come since garbage was collected for it to be done again
+PER_SECOND = 4 << 30  # and as many more for each second that it took: memory of that size is made new in about as long
 
 
 class RunnerGoneError(ConnectionError):
@@ -33,6 +38,7 @@ class Exchange:
         gen.lazy.arena = self.packs.arena
         self._link = link
         self._run_id = run_id
+        self._pushes = itertools.count(1)
         self._sending = threading.Lock()  # a pack's descriptor goes out before its name does alone
         self._done: SimpleQueue[str | None] = SimpleQueue()  # packs of replies that may go; None: no more will
         self._freeing: threading.Thread | None = None
@@ -42,6 +48,8 @@ class Exchange:
         self._waiting: dict[str, Any] = {}  # metadata by id, until a reply has come
         self._replies: dict[str, Any] = {}
         self._gone: BaseException | None = None
+        self._came = 0  # bytes in replies' packs, since garbage was collected
+        self._enough = ENOUGH
 
     def nodes(self) -> list[int]:
         """Give the nodes that there are."""
@@ -52,6 +60,7 @@ class Exchange:
     def push(self, messages: Iterable[Any]) -> list[str]:
         """Send messages; give their ids, "" where the SuperLink would not take the message."""
         ids = []
+        push = next(self._pushes)
         written: dict[int, tuple[bytes, Beside]] = {}
         messages = list(messages)
         stamped = []
@@ -80,7 +89,7 @@ class Exchange:
                     "type": meta.message_type,
                     "group": meta.group_id,
                 }
-                self._send(Frame(head, proto), beside)
+                self._send(Frame(head, proto), beside, push)
             except BaseException:
                 with self._changed:
                     self._waiting.pop(mid, None)
@@ -88,19 +97,18 @@ class Exchange:
             ids.append(mid)
         return ids
 
-    def _send(self, frame: Frame, beside: Beside) -> None:
+    def _send(self, frame: Frame, beside: Beside, push: int) -> None:
         with self._sending:
-            dropped: list[str] = []
             if beside.blobs:
-                name, fd, dropped = self.packs.put(beside.blobs)
+                name, fd, dropped = self.packs.put(beside.blobs, push)
                 frame.head["pack"], frame.head["lens"] = name, beside.lens
+                if dropped:
+                    frame.head["drop"] = dropped
                 if fd is not None:
                     frame.head["fds"] = [name]
                     frame.fds = [fd]
             try:
                 self._link.send(frame)
-                for name in dropped:
-                    self._link.send(Frame({"t": "drop", "pack": name}))
             except OSError as e:
                 raise RunnerGoneError(f"the runner of this job has gone: {e}") from e
 
@@ -121,6 +129,7 @@ class Exchange:
     def wait(self, ids: list[str], timeout: float | None) -> None:
         """Wait until each id has its reply, or the time is up."""
         end = None if timeout is None else time.monotonic() + timeout
+        self._collect()
         todo = [i for i in ids if i]
         with self._changed:
             while True:
@@ -132,6 +141,17 @@ class Exchange:
                     return
                 self._check()
                 self._changed.wait(left)
+
+    def _collect(self) -> None:
+        """Have replies freed that the app has done with, in a moment in which it waits.
+
+        Flower's RecordDict refers to itself, and Python counts objects, not the bytes that they hold.
+        """
+        if self._came >= self._enough and gc.isenabled():
+            self._came = 0
+            begun = time.monotonic()
+            gc.collect()
+            self._enough = max(ENOUGH, int((time.monotonic() - begun) * PER_SECOND))
 
     def _check(self) -> None:
         if self._gone is not None:
@@ -188,6 +208,7 @@ class Exchange:
             trim()
             file = File(frame.fds.pop(), self._releaser(head["pack"]))
             lens = check(file.fd, head.get("lens"))
+            self._came += sum(n for n in lens if n > 0)
             blobs = held(file, read(file, lens, self.gen.lazy.may_stay()))
             del file  # once nobody wants anything of it, it goes
 

@@ -10,7 +10,9 @@ import importlib
 import io
 import math
 import os
+import sys
 from collections.abc import Callable
+from types import CodeType, FrameType
 from typing import Any
 
 from . import blobs
@@ -47,13 +49,39 @@ def thin(array: Any) -> Any:
     return new
 
 
+def _lengths(arrays: Any) -> Any:
+    return (len(array.data) for array in arrays)
+
+
+_SIZING = next(c for c in _lengths.__code__.co_consts if isinstance(c, CodeType))
+
+
+def _only_sizes(frame: FrameType) -> bool:
+    """Tell whether somebody's code wants no more of bytes than their number.
+
+    Flower logs how large a model is by an expression of which Python makes the same code as of ours. To make the bytes of
+    a large one takes as long as its way to a site.
+    """
+    code = frame.f_code
+    return (
+        code.co_names == _SIZING.co_names
+        and code.co_varnames == _SIZING.co_varnames
+        and code.co_consts == _SIZING.co_consts
+        and code.co_code == _SIZING.co_code
+        and "len" not in frame.f_globals
+        and frame.f_builtins.get("len") is len
+    )
+
+
 class _Data:
     """`Array.data`, where the bytes are in a file. One that has its bytes has them in its dictionary, which comes first."""
 
-    def __get__(self, array: Any, owner: type) -> bytes:
+    def __get__(self, array: Any, owner: type) -> bytes | range:
         blob = of(array) if array is not None else None
         if blob is None:
             raise AttributeError(f"{owner.__name__!r} object has no attribute 'data'", name="data", obj=array or owner)
+        if _only_sizes(sys._getframe(1)):  # noqa: SLF001 - there is no public way to know who asks
+            return range(len(blob))  # its length is the same
         found: bytes = blob.data()
         return found
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
+from weakref import ref
 
 from .blobs import FROM as LAZY_FROM
 from .blobs import Arena, Blob, File, settle, wasteful
@@ -24,6 +25,7 @@ SMALL = 256 << 10  # arrays up to here are read together
 TOGETHER = 8 << 20  # as much as this in one go
 OPEN = 64  # packs that were written and not freed whose files are kept for the next ones
 _IOV = 1000  # buffers per call; Linux takes 1024
+_SAMPLE = 256  # bytes
 
 
 def new_file(name: str) -> int:
@@ -140,6 +142,12 @@ class _Pack:
     blobs: Sequence[bytes | Blob]
     size: int
     known: bool  # by the runner, which holds a descriptor of its own
+    push: int = 0  # the last that named it
+
+
+def _trace(blobs: Sequence[bytes | Blob]) -> list[object]:
+    """Give what those can be told by that may be gone: another object may have the identity then."""
+    return [ref(b) if isinstance(b, Blob) else (id(b), len(b), b[:_SAMPLE], b[-_SAMPLE:]) for b in blobs]
 
 
 class _Written:
@@ -166,18 +174,26 @@ class ServerPacks(_Written):
 
     Arrays are told by the identity of their bytes objects, or blobs. Those cannot change and are held here, so that no other
     object takes their identity; nothing has to be hashed.
+
+    Most apps send a new model and never an old one again, so that a new pack ends those of earlier calls: sites take it into
+    the pages of the last. Once one is named that was ended, as many are kept as there is room for.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._packs: OrderedDict[tuple[int, ...], _Pack] = OrderedDict()
         self._dropped: dict[str, File] = {}
+        self._past: deque[list[object]] = deque(maxlen=FEW)  # those that were ended
+        self._again = False  # one of them was named again
         self._count = 0
         self._size = 0
         self._lock = threading.Lock()
 
-    def put(self, blobs: Sequence[bytes | Blob]) -> tuple[str, int | None, list[str]]:
-        """Give the pack's name, its descriptor where the runner lacks it, and the packs to be dropped."""
+    def put(self, blobs: Sequence[bytes | Blob], push: int = 0) -> tuple[str, int | None, list[str]]:
+        """Give the pack's name, its descriptor where the runner lacks it, and the packs to be dropped.
+
+        `push` is the number of the app's call.
+        """
         key = tuple(map(id, blobs))
         with self._lock:
             pack = self._packs.get(key)
@@ -186,16 +202,22 @@ class ServerPacks(_Written):
                 self._count += 1
                 pack = self._packs[key] = _Pack(f"s.{self._count}", file, blobs, sum(map(len, blobs)), False)
                 self._size += pack.size
+                self._again = self._again or _trace(blobs) in self._past
+            pack.push = push
             self._packs.move_to_end(key)
             fd_to_send = None if pack.known else pack.file.fd
             pack.known = True
             dropped = []
-            while len(self._packs) > 1 and (len(self._packs) > FEW or self._size > ROOM):
+            while len(self._packs) > 1 and (len(self._packs) > FEW or self._size > ROOM or self._is_past(push)):
                 _, old = self._packs.popitem(last=False)
+                self._past.append(_trace(old.blobs))
                 self._size -= old.size
                 self._dropped[old.name] = old.file
                 dropped.append(old.name)
             return pack.name, fd_to_send, dropped
+
+    def _is_past(self, push: int) -> bool:
+        return not self._again and next(iter(self._packs.values())).push < push
 
     def forgot(self, name: str) -> None:
         """Note that the runner holds that pack no more."""

@@ -131,6 +131,8 @@ class Relay:
         self.replies: list[dict[str, Any]] = []
         self.messages: list[dict[str, Any]] = []
         self.packs: dict[str, int] = {}
+        self.naming: dict[str, str] = {}  # packs, by the message that is not answered
+        self.dropped: set[str] = set()
         self.received: dict[str, int] = {}
         self.owner: dict[str, Peer] = {}
         self.tasks = 0
@@ -206,6 +208,7 @@ class Relay:
         new.queue = peer.queue
         new.output = peer.output + new.output
         if peer.busy is not None:
+            self._answered(peer.busy)
             self.server.link.send(Frame({"t": "lost", "id": peer.busy, "code": 8, "reason": "the worker died"}))
         self._begin(new)
         self._pump(new)
@@ -215,12 +218,6 @@ class Relay:
         head = frame.head
         if frame.kind == "done":
             self.done = head
-        elif frame.kind == "drop":
-            fd = self.packs.pop(head["pack"])
-            if self.spoils:
-                spoil(fd)
-            os.close(fd)
-            self.server.link.send(Frame({"t": "forgot", "pack": head["pack"]}))
         elif frame.kind == "free" and self.spoils:
             fd = self.passed.pop(head["pack"])
             spoil(fd)
@@ -234,12 +231,30 @@ class Relay:
                 self.packs[name] = copied(frame.fds[0]) if self.spoils else frame.fds[0]
                 self.received[name] = self.received.get(name, 0) + 1
             frame.fds = []
+            if "pack" in head:
+                self.naming[head["id"]] = head["pack"]
+            self.dropped.update(head.pop("drop", []))
+            self._forget()
             if head["node"] not in self.where:
+                self._answered(head["id"])
                 self.server.link.send(Frame({"t": "lost", "id": head["id"], "code": 5, "reason": "no such node"}))
                 return
             peer = self.workers[self.where[head["node"]]]
             peer.queue.append(frame)
             self._pump(peer)
+
+    def _answered(self, message: str) -> None:
+        self.naming.pop(message, None)
+        self._forget()
+
+    def _forget(self) -> None:
+        for name in self.dropped - set(self.naming.values()):
+            self.dropped.remove(name)
+            fd = self.packs.pop(name)
+            if self.spoils:
+                spoil(fd)
+            os.close(fd)
+            self.server.link.send(Frame({"t": "forgot", "pack": name}))
 
     def _pump(self, peer: Peer) -> None:
         if peer.busy is not None or peer.over or not peer.queue:
@@ -276,6 +291,7 @@ class Relay:
         assert frame.kind == "reply", head
         assert head["id"] == peer.busy
         self.replies.append(head)
+        self._answered(peer.busy)
         peer.busy = None
         named = dict(zip(head.get("fds", []), frame.fds))
         if not head.get("kept"):

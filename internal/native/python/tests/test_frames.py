@@ -201,6 +201,33 @@ def test_the_same_arrays_are_written_once_and_files_used_again() -> None:
     assert p.writes == 7 and open_fds() > before
 
 
+def test_a_new_pack_ends_those_of_earlier_calls() -> None:
+    p = packs.ServerPacks()
+    a, b, c, d = (os.urandom(1000) for _ in range(4))
+    one, two = p.put([a], 1)[0], p.put([b], 1)[0]
+    assert p.put([a], 1) == (one, None, [])
+    three, _, dropped = p.put([c], 2)
+    assert sorted(dropped) == [one, two]
+    assert p.put([c], 3) == (three, None, [])
+    assert p.put([d], 4)[2] == [three]
+    again, fd, dropped = p.put([c], 4)
+    assert again != three and fd is not None and dropped == [], "it goes once more"
+    assert p.put([a], 5)[2] == [] and p.put([d], 6)[1:] == (None, []), "from then on all are kept"
+
+
+def test_what_has_the_identity_of_an_ended_pack_is_another() -> None:
+    p = packs.ServerPacks()
+    seen, last = set(), ""
+    for i in range(50):
+        array = os.urandom(1 << 20)  # of the same memory as the last but one
+        name, _, dropped = p.put([array], i)
+        assert dropped == [last] * (i > 0)
+        seen.add(id(array))
+        p.forgot(last)
+        last = name
+    assert len(seen) < 50
+
+
 def test_packs_that_nobody_frees_take_no_descriptors() -> None:
     """Each of a site's nodes may have its state in one, and there are a thousand descriptors."""
     before = open_fds()
