@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from . import deferred
 from .lazy import Lazy
 
 
@@ -308,7 +309,8 @@ def installed(*roles: str) -> Generation:
     collects = gc.isenabled()
     gc.disable()  # importing makes a great many objects that stay: looking through them costs a sixth of it
     try:
-        return _find(roles)
+        with deferred.stores():
+            return _find(roles)
     finally:
         if collects:
             gc.freeze()  # nor are they looked through for every few messages

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,19 @@ def gen() -> Generation:
     g = generations.installed("server", "client")
     g.set_identity(7, g.server_id, 1)
     return g
+
+
+@pytest.fixture(scope="session")
+def alone() -> Callable[[str], str]:
+    """Give what runs code in a process that has imported nothing yet; it gives what that printed."""
+
+    def run(code: str) -> str:
+        start = f"import sys; sys.path[:] = [{str(HERE.parent)!r}, *{sys.path!r}]; import boot; boot.import_package()\n"
+        done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 sys.path.remove(str(HERE.parent))
