@@ -34,6 +34,7 @@ type entry struct {
 	pace      []string          // further ones for the native engine: seconds to wait, which no number depends on
 	node      map[string]string // what the app's [tool.pergola.site.node-config] says, as TOML for plain Flower
 	versions  bool              // it belongs to docs/flower-versions.md: runs on all versions, not on those of fidelity alone
+	powers    bool              // its strategy computes powers, whose last bits depend on the processor's vector instructions
 	slow      bool              // plain Flower waits in it for long: it is no reason to think that it hangs
 }
 
@@ -64,7 +65,7 @@ var corpus = []entry{
 	{app: "evaluate-only", last: "evaluate 2", from: 12},
 	{app: "own-loop", last: "alone", from: 12, pace: []string{"timeout=6.0"}, slow: true},
 	{app: "optimisers", last: "evaluate 3", mode: "prox", from: 12, overrides: []string{`strategy="prox"`}},
-	{app: "optimisers", last: "evaluate 3", mode: "adam", from: 12, overrides: []string{`strategy="adam"`}},
+	{app: "optimisers", last: "evaluate 3", mode: "adam", from: 12, overrides: []string{`strategy="adam"`}, powers: true},
 	{app: "no-failures", last: "evaluate 2", from: 12},
 	{app: "lifespan", last: "leave", from: 18},
 	{app: "raises", last: "no handler", from: 12},

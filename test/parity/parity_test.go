@@ -67,6 +67,19 @@ func TestCompare(t *testing.T) {
 			}
 		}
 	}
+	for _, c := range []struct {
+		powers bool
+		was    string // the loss of the first client
+		left   int
+	}{{true, "0.10000000000000002", 0}, {false, "0.10000000000000002", 1}, {true, "0.10001", 1}, {true, `"0.1"`, 1}} {
+		diffs, _ := compare(write(one, two), write(strings.Replace(one, "0.1", c.was, 1), two))
+		if left := (entry{powers: c.powers}).onOneMachine(diffs); len(left) != c.left {
+			t.Errorf("a record of another machine with %s, of powers: %t: %+v", c.was, c.powers, left)
+		}
+	}
+	if diffs, _ := compare(write(one, two), write(one)); len((entry{powers: true}).onOneMachine(diffs)) != 1 {
+		t.Error("a client less was taken")
+	}
 	bad := t.TempDir()
 	if err := os.WriteFile(filepath.Join(bad, "a.jsonl"), []byte("Traceback\n"), 0o600); err != nil {
 		t.Fatal(err)
