@@ -170,7 +170,7 @@ func (o options) cells(ctx context.Context, work string, good map[string]outcome
 			if ok, _ := path.Match(o.apps, e.name()); !ok || !e.fits(v) { // parse has looked at the pattern
 				continue
 			}
-			if o.update && !slices.Contains(fidelity, v) {
+			if (o.update || o.recorded) && !slices.Contains(fidelity, v) {
 				continue // what is recorded is for the comparison with the native engine
 			}
 			if e.versions && !o.update {
