@@ -239,6 +239,9 @@ func (h *Hub) Sites() int {
 func (h *Hub) message(f *frame, took int) error {
 	defer func() { h.room.give(took) }() // what of it is not passed on
 	var pack *outPack
+	if slices.Contains(f.Drop, f.Pack) {
+		return errFrame("a message drops the pack %q that it names", f.Pack)
+	}
 	if f.Pack != "" {
 		var err error
 		if pack, err = h.pack(f); err != nil {

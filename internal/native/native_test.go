@@ -894,6 +894,7 @@ func TestServerThatSaysNonsense(t *testing.T) {
 		{head: head{T: tMsg, ID: "", Node: 1}},
 		{head: head{T: tMsg, ID: "a", Pack: "s.7"}},
 		{head: head{T: tMsg, ID: "a", Drop: []string{"s.7"}}},
+		{head: head{T: tMsg, ID: "a", Pack: "s.1", Lens: []int64{1}, Fds: []string{"s.1"}, Drop: []string{"s.1"}}, files: []*os.File{memory(t, "x")}},
 		{head: head{T: tMsg, ID: "a", Pack: "s.1", Lens: []int64{100}, Fds: []string{"s.1"}}, files: []*os.File{memory(t, "x")}},
 	} {
 		w := newWorld(t, 1, 1, 1, Warm, echo)

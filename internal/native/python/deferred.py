@@ -1,7 +1,7 @@
 """Parts of Flower that an app's process imports and does not use: its stores in a database.
 
-From 1.26 on, Flower's modules for clients and servers import those of a SuperLink, and these SQLAlchemy and Alembic: half
-the time of the whole import, and 28 MB. Here they are imported by who uses them first.
+Many versions from 1.26 on import SQLAlchemy and Alembic with them, which is half the time of the whole import, and 28 MB.
+Here they are imported by who uses them first.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ CLASSES = {
 
 
 class Later:
-    """Stands for a class until somebody makes one, asks for something of it, or derives from it."""
+    """Stands for a class in the modules that have imported it, until they make one, ask something of it, or derive from it."""
 
     def __init__(self, module: str, name: str) -> None:
-        self._pergola_class = module, name
+        self.__dict__["_pergola_class"] = module, name
 
     def _pergola_real(self) -> Any:
         module, name = self._pergola_class
@@ -37,6 +37,8 @@ class Later:
         return self._pergola_real()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_pergola_class":  # of a copy that is being made
+            raise AttributeError(name)
         return getattr(self._pergola_real(), name)
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -44,9 +46,6 @@ class Later:
 
     def __instancecheck__(self, instance: object) -> bool:
         return isinstance(instance, self._pergola_real())
-
-    def __subclasscheck__(self, cls: type) -> bool:
-        return issubclass(cls, self._pergola_real())
 
 
 class _Standing(Loader, MetaPathFinder):
@@ -67,15 +66,29 @@ class _Standing(Loader, MetaPathFinder):
 
 
 def _forget(name: str) -> None:
-    """Have the next import of a module find the real one."""
+    """Have the next import of a module find the real one, and whoever looks for it in its package."""
     module = sys.modules.get(name)
     if module is None or not isinstance(getattr(module.__spec__, "loader", None), _Standing):
         return
     del sys.modules[name]
     package, _, own = name.rpartition(".")
     parent = sys.modules.get(package)
-    if getattr(parent, own, None) is module:
-        delattr(parent, own)
+    if parent is None:
+        return
+    names = {n for n, v in vars(parent).items() if v is module or v is getattr(module, CLASSES[name])}
+    for n in names:
+        delattr(parent, n)
+    before = getattr(parent, "__getattr__", None)
+
+    def find(n: str) -> Any:
+        if n in names:
+            real = importlib.import_module(name)
+            return real if n == own else getattr(real, CLASSES[name])
+        if before is not None:
+            return before(n)
+        raise AttributeError(f"module {package!r} has no attribute {n!r}", name=n, obj=parent)
+
+    setattr(parent, "__getattr__", find)  # noqa: B010 - which a module has for what is not there (PEP 562)
 
 
 @contextlib.contextmanager

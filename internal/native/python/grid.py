@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import logging
 import os
 import threading
@@ -38,10 +37,10 @@ class Exchange:
         gen.lazy.arena = self.packs.arena
         self._link = link
         self._run_id = run_id
-        self._pushes = itertools.count(1)
         self._sending = threading.Lock()  # a pack's descriptor goes out before its name does alone
         self._done: SimpleQueue[str | None] = SimpleQueue()  # packs of replies that may go; None: no more will
         self._freeing: threading.Thread | None = None
+        self._named: dict[str, str] = {}  # packs, by the id of a message that waits
         self._changed = threading.Condition()  # guards the rest
         self._nodes = list(nodes)
         self._ever = set(nodes)
@@ -60,7 +59,6 @@ class Exchange:
     def push(self, messages: Iterable[Any]) -> list[str]:
         """Send messages; give their ids, "" where the SuperLink would not take the message."""
         ids = []
-        push = next(self._pushes)
         written: dict[int, tuple[bytes, Beside]] = {}
         messages = list(messages)
         stamped = []
@@ -89,7 +87,7 @@ class Exchange:
                     "type": meta.message_type,
                     "group": meta.group_id,
                 }
-                self._send(Frame(head, proto), beside, push)
+                self._send(mid, Frame(head, proto), beside)
             except BaseException:
                 with self._changed:
                     self._waiting.pop(mid, None)
@@ -97,20 +95,31 @@ class Exchange:
             ids.append(mid)
         return ids
 
-    def _send(self, frame: Frame, beside: Beside, push: int) -> None:
+    def _send(self, mid: str, frame: Frame, beside: Beside) -> None:
         with self._sending:
-            if beside.blobs:
-                name, fd, dropped = self.packs.put(beside.blobs, push)
-                frame.head["pack"], frame.head["lens"] = name, beside.lens
-                if dropped:
-                    frame.head["drop"] = dropped
-                if fd is not None:
-                    frame.head["fds"] = [name]
-                    frame.fds = [fd]
+            if not beside.blobs:
+                self._tell(frame)
+                return
+            name, fd, dropped = self.packs.put(beside.blobs)
+            frame.head["pack"], frame.head["lens"] = name, beside.lens
+            if dropped:
+                frame.head["drop"] = dropped
+            if fd is not None:
+                frame.head["fds"] = [name]
+                frame.fds = [fd]
+            self._named[mid] = name  # before its answer can come
             try:
-                self._link.send(frame)
-            except OSError as e:
-                raise RunnerGoneError(f"the runner of this job has gone: {e}") from e
+                self._tell(frame)
+            except BaseException:
+                self._answered(mid)
+                self.packs.unsent(name, fd, dropped)
+                raise
+
+    def _tell(self, frame: Frame) -> None:
+        try:
+            self._link.send(frame)
+        except OSError as e:
+            raise RunnerGoneError(f"the runner of this job has gone: {e}") from e
 
     def pull(self, ids: Iterable[str]) -> list[Any]:
         """Give the replies that have come, and for ids that nobody waits for what the SuperLink says of them."""
@@ -147,7 +156,7 @@ class Exchange:
 
         Flower's RecordDict refers to itself, and Python counts objects, not the bytes that they hold.
         """
-        if self._came >= self._enough and gc.isenabled():
+        if self._came >= self._enough and gc.isenabled() and gc.get_threshold()[0]:
             self._came = 0
             begun = time.monotonic()
             gc.collect()
@@ -267,10 +276,16 @@ class Exchange:
         if meta is None:
             return  # answered already, or never asked
         reply = make(meta)
+        self._answered(mid)
         with self._changed:
             if self._waiting.pop(mid, None) is not None:
                 self._replies[mid] = reply
                 self._changed.notify_all()
+
+    def _answered(self, mid: str) -> None:
+        name = self._named.pop(mid, None)
+        if name is not None:
+            self.packs.answered(name)
 
 
 def make(exchange: Exchange, run: Any) -> Any:

@@ -56,12 +56,14 @@ def _lengths(arrays: Any) -> Any:
 _SIZING = next(c for c in _lengths.__code__.co_consts if isinstance(c, CodeType))
 
 
-def _only_sizes(frame: FrameType) -> bool:
-    """Tell whether somebody's code wants no more of bytes than their number.
+def _only_sizes(frame: FrameType | None, array: Any) -> bool:
+    """Tell whether the code of a frame wants no more of an Array's bytes than their number.
 
     Flower logs how large a model is by an expression of which Python makes the same code as of ours. To make the bytes of
     a large one takes as long as its way to a site.
     """
+    if frame is None:
+        return False
     code = frame.f_code
     return (
         code.co_names == _SIZING.co_names
@@ -70,6 +72,7 @@ def _only_sizes(frame: FrameType) -> bool:
         and code.co_code == _SIZING.co_code
         and "len" not in frame.f_globals
         and frame.f_builtins.get("len") is len
+        and frame.f_locals.get("array") is array
     )
 
 
@@ -80,7 +83,7 @@ class _Data:
         blob = of(array) if array is not None else None
         if blob is None:
             raise AttributeError(f"{owner.__name__!r} object has no attribute 'data'", name="data", obj=array or owner)
-        if _only_sizes(sys._getframe(1)):  # noqa: SLF001 - there is no public way to know who asks
+        if _only_sizes(sys._getframe().f_back, array):  # noqa: SLF001 - there is no public way to know who asks
             return range(len(blob))  # its length is the same
         found: bytes = blob.data()
         return found

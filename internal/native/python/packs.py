@@ -142,7 +142,7 @@ class _Pack:
     blobs: Sequence[bytes | Blob]
     size: int
     known: bool  # by the runner, which holds a descriptor of its own
-    push: int = 0  # the last that named it
+    waiting: int = 0  # messages that name it and are not answered
 
 
 def _trace(blobs: Sequence[bytes | Blob]) -> list[object]:
@@ -175,8 +175,8 @@ class ServerPacks(_Written):
     Arrays are told by the identity of their bytes objects, or blobs. Those cannot change and are held here, so that no other
     object takes their identity; nothing has to be hashed.
 
-    Most apps send a new model and never an old one again, so that a new pack ends those of earlier calls: sites take it into
-    the pages of the last. Once one is named that was ended, as many are kept as there is room for.
+    Most apps send a new model and never an old one again, so that a new pack ends those for which no message waits: sites
+    take it into the pages of the last. Once one is named that was ended, as many are kept as there is room for.
     """
 
     def __init__(self) -> None:
@@ -185,39 +185,59 @@ class ServerPacks(_Written):
         self._dropped: dict[str, File] = {}
         self._past: deque[list[object]] = deque(maxlen=FEW)  # those that were ended
         self._again = False  # one of them was named again
+        self._untold: list[str] = []  # that are to be dropped
         self._count = 0
         self._size = 0
         self._lock = threading.Lock()
 
-    def put(self, blobs: Sequence[bytes | Blob], push: int = 0) -> tuple[str, int | None, list[str]]:
+    def put(self, blobs: Sequence[bytes | Blob]) -> tuple[str, int | None, list[str]]:
         """Give the pack's name, its descriptor where the runner lacks it, and the packs to be dropped.
 
-        `push` is the number of the app's call.
+        Whoever names it to the runner says `unsent` if that fails, and `answered` when the message waits no longer.
         """
         key = tuple(map(id, blobs))
         with self._lock:
             pack = self._packs.get(key)
+            new = pack is None
             if pack is None:
                 file = self._write(blobs)
                 self._count += 1
                 pack = self._packs[key] = _Pack(f"s.{self._count}", file, blobs, sum(map(len, blobs)), False)
                 self._size += pack.size
                 self._again = self._again or _trace(blobs) in self._past
-            pack.push = push
+            pack.waiting += 1
             self._packs.move_to_end(key)
             fd_to_send = None if pack.known else pack.file.fd
             pack.known = True
-            dropped = []
-            while len(self._packs) > 1 and (len(self._packs) > FEW or self._size > ROOM or self._is_past(push)):
-                _, old = self._packs.popitem(last=False)
-                self._past.append(_trace(old.blobs))
-                self._size -= old.size
-                self._dropped[old.name] = old.file
-                dropped.append(old.name)
+            if new and not self._again:
+                for old_key in [k for k, p in self._packs.items() if not p.waiting]:
+                    self._past.append(_trace(self._packs[old_key].blobs))
+                    self._end(old_key)
+            while len(self._packs) > 1 and (len(self._packs) > FEW or self._size > ROOM):
+                self._end(next(iter(self._packs)))
+            dropped, self._untold = self._untold, []
             return pack.name, fd_to_send, dropped
 
-    def _is_past(self, push: int) -> bool:
-        return not self._again and next(iter(self._packs.values())).push < push
+    def _end(self, key: tuple[int, ...]) -> None:
+        old = self._packs.pop(key)
+        self._size -= old.size
+        self._dropped[old.name] = old.file
+        self._untold.append(old.name)
+
+    def unsent(self, name: str, fd: int | None, dropped: list[str]) -> None:
+        """Note that the runner has not been told what `put` gave."""
+        with self._lock:
+            self._untold[:0] = dropped
+            for pack in self._packs.values():
+                if pack.name == name:
+                    pack.known = pack.known and fd is None
+
+    def answered(self, name: str) -> None:
+        """Note that a message that names a pack waits no longer."""
+        with self._lock:
+            for pack in self._packs.values():
+                if pack.name == name:
+                    pack.waiting -= 1
 
     def forgot(self, name: str) -> None:
         """Note that the runner holds that pack no more."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
 import sys
@@ -19,27 +17,12 @@ from .frames import Frame, Link
 from .generations import Generation
 
 LONGEST = 64 << 10  # letters of a traceback; what is cut stands in the log too
-KEPT_ARRAY, KEPT = 128 << 20, 256 << 20
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
 GRACE = 5.0  # seconds that an app has to end once its runner has gone
 
 
 def main() -> int:
     """Run one ServerApp."""
     return begin("server", serve)
-
-
-def keep_memory() -> None:
-    """Have malloc keep what the app frees of arrays up to KEPT_ARRAY bytes, in sum up to KEPT.
-
-    A strategy makes arrays of the model's size anew in each round. glibc gives those over 32 MB, and what is more than
-    64 MB in sum, back to the kernel, which then has to find and clear pages again.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_MMAP_THRESHOLD, KEPT_ARRAY)
-            mallopt(_M_TRIM_THRESHOLD, KEPT)
 
 
 def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
@@ -50,7 +33,6 @@ def serve(link: Link, gen: Generation, start: dict[str, Any]) -> int:
     over = threading.Event()
     reader = threading.Thread(target=_read, args=(exchange, over), name="pergola", daemon=True)
     reader.start()
-    keep_memory()
     begun = time.perf_counter()
     done: dict[str, Any] = {"t": "done", "ok": True}
     status = 0

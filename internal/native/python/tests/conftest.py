@@ -36,12 +36,19 @@ def gen() -> Generation:
 
 @pytest.fixture(scope="session")
 def alone() -> Callable[[str], str]:
-    """Give what runs code in a process that has imported nothing yet; it gives what that printed."""
+    """Give what runs code in a process that has imported nothing yet; it gives what that printed, errors too."""
 
     def run(code: str) -> str:
         start = f"import sys; sys.path[:] = [{str(HERE.parent)!r}, *{sys.path!r}]; import boot; boot.import_package()\n"
-        done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=120, check=False)
-        assert done.returncode == 0, done.stderr
+        done = subprocess.run(
+            [sys.executable, "-c", start + code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
         return done.stdout
 
     return run

@@ -185,7 +185,7 @@ def test_the_same_arrays_are_written_once_and_files_used_again() -> None:
     assert p.put([a, b]) == (name, fd, []) and p.writes == 2
     p.forgot("s.99")
     dropped: list[str] = []
-    big = packs.ROOM // 2 + 1
+    big = packs.ROOM // 2 + 1  # no message is answered
     for _ in range(3):
         dropped += p.put([bytes(big)])[2]
     assert dropped[:2] == [other, name]
@@ -201,18 +201,25 @@ def test_the_same_arrays_are_written_once_and_files_used_again() -> None:
     assert p.writes == 7 and open_fds() > before
 
 
-def test_a_new_pack_ends_those_of_earlier_calls() -> None:
+def test_a_new_pack_ends_those_that_no_message_waits_for() -> None:
     p = packs.ServerPacks()
-    a, b, c, d = (os.urandom(1000) for _ in range(4))
-    one, two = p.put([a], 1)[0], p.put([b], 1)[0]
-    assert p.put([a], 1) == (one, None, [])
-    three, _, dropped = p.put([c], 2)
-    assert sorted(dropped) == [one, two]
-    assert p.put([c], 3) == (three, None, [])
-    assert p.put([d], 4)[2] == [three]
-    again, fd, dropped = p.put([c], 4)
+    a, b, c, d, e = (os.urandom(1000) for _ in range(5))
+    one, two = p.put([a])[0], p.put([b])[0]
+    assert p.put([a]) == (one, None, [])
+    p.answered(two)
+    assert p.put([a]) == (one, None, []), "one that is there ends none"
+    three, _, dropped = p.put([c])
+    assert dropped == [two]
+    for _ in range(3):
+        p.answered(one)
+    p.answered(three)
+    four, _, dropped = p.put([d])
+    assert sorted(dropped) == [one, three]
+    p.answered(four)
+    again, fd, dropped = p.put([c])
     assert again != three and fd is not None and dropped == [], "it goes once more"
-    assert p.put([a], 5)[2] == [] and p.put([d], 6)[1:] == (None, []), "from then on all are kept"
+    p.answered(again)
+    assert p.put([e])[2] == [] and p.put([d])[1:] == (None, []), "from then on all are kept"
 
 
 def test_what_has_the_identity_of_an_ended_pack_is_another() -> None:
@@ -220,12 +227,28 @@ def test_what_has_the_identity_of_an_ended_pack_is_another() -> None:
     seen, last = set(), ""
     for i in range(50):
         array = os.urandom(1 << 20)  # of the same memory as the last but one
-        name, _, dropped = p.put([array], i)
+        name, _, dropped = p.put([array])
         assert dropped == [last] * (i > 0)
         seen.add(id(array))
         p.forgot(last)
+        p.answered(name)
         last = name
     assert len(seen) < 50
+
+
+def test_what_was_not_sent_is_sent_with_the_next() -> None:
+    p = packs.ServerPacks()
+    a, b, c = (os.urandom(1000) for _ in range(3))
+    one = p.put([a])[0]
+    p.answered(one)
+    two, fd, dropped = p.put([b])
+    assert fd is not None and dropped == [one]
+    p.answered(two)
+    p.unsent(two, fd, dropped)
+    assert p.put([b]) == (two, fd, [one])
+    p.unsent(two, None, [])
+    assert p.put([b]) == (two, None, []), "the runner has it"
+    assert p.put([c])[2] == []
 
 
 def test_packs_that_nobody_frees_take_no_descriptors() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import dataclasses
 import errno
@@ -11,7 +12,10 @@ import hashlib
 import importlib.util
 import inspect
 import io
+import itertools
+import json
 import multiprocessing
+import operator
 import os
 import pickle
 import signal
@@ -33,7 +37,7 @@ from _pergola_native.blobs import FROM, SLACK, Blob, File
 from _pergola_native.client import Worker
 from _pergola_native.codec import Codec
 from _pergola_native.frames import Frame
-from _pergola_native.generations import Generation
+from _pergola_native.generations import NODE_GONE, Generation
 from numpy.lib.recfunctions import repack_fields
 
 pytestmark = pytest.mark.skipif(not hasattr(flwr.common, "ArrayRecord"), reason="Flower's Array was another thing then")
@@ -686,6 +690,32 @@ def reply_of(gen: Generation, end: grid.Exchange, back: Any) -> Any:
     return reply
 
 
+def test_a_message_that_cannot_be_sent_leaves_nothing_undone(gen: Generation) -> None:
+    said: list[dict[str, Any]] = []
+
+    def send(frame: Frame) -> None:
+        json.dumps(frame.head, allow_nan=False)
+        said.append(frame.head)
+
+    end = grid.Exchange(gen, SimpleNamespace(send=send), 7, [99])  # type: ignore[arg-type]
+    first, second = content(gen, Array(numbers(1))), content(gen, Array(numbers(2)))
+
+    def push(what: Any, ttl: float) -> None:
+        message = gen.new_message(7, what, "train", 99, "1", None)
+        message.metadata.__dict__["_ttl"] = ttl
+        end.push([message])
+
+    push(first, 10.0)
+    end.take(Frame({"t": "lost", "id": said[0]["id"], "code": NODE_GONE}))
+    with pytest.raises(ValueError, match="JSON"):
+        push(second, float("inf"))
+    push(second, 10.0)
+    assert said[1]["fds"] == [said[1]["pack"]] and said[1]["drop"] == [said[0]["pack"]]
+    push(second, 10.0)
+    assert said[2]["pack"] == said[1]["pack"] and "fds" not in said[2] and "drop" not in said[2]
+    assert len(end._named) == len(end._waiting) == 2
+
+
 def freed(end: grid.Exchange) -> int:
     return end._done.qsize()
 
@@ -713,7 +743,7 @@ def test_a_reply_is_freed_when_nobody_has_anything_of_it(gen: Generation) -> Non
     assert freed(end) >= 7 and all(np.array_equal(a.numpy(), numbers(3)) for k, a in record.items() if k != "x")
 
 
-def test_garbage_frees_its_reply_while_the_app_waits(gen: Generation) -> None:
+def test_garbage_frees_its_reply_while_the_app_waits(gen: Generation, monkeypatch: pytest.MonkeyPatch) -> None:
     end = server(gen)
     reply = reply_of(gen, end, content(gen, Array(numbers(1))))
     reply.content.cycle = reply.content  # type: ignore[attr-defined] # as Flower's array_records does in some versions
@@ -727,42 +757,79 @@ def test_garbage_frees_its_reply_while_the_app_waits(gen: Generation) -> None:
         assert freed(end) == 0, "the app does without a collector"
     finally:
         gc.enable()
+    monkeypatch.setattr(grid, "PER_SECOND", 1 << 60)
     end.wait([], None)
-    assert freed(end) == 1
+    assert freed(end) == 1 and end._enough > 1 << 40, "what takes longer is done less often"
     end._enough = FROM
     kept = reply_of(gen, end, content(gen, Array(numbers(2))))
     end.wait([], None)
     assert freed(end) == 1 and np.array_equal(kept.content["arrays"]["0"].numpy(), numbers(2))
 
 
-SIZES = """
-def plain(arrays): return sum(len(array.data) for array in arrays)
-def other(arrays): return [len(array.data) or array.data for array in arrays]
-def whole(arrays): return [data for data in (array.data for array in arrays)]
-"""
+# Code that is like Flower's, which asks for sizes alone.
+ALIKE = {
+    "a condition": "[type(x) for x in (array.data for array in arrays if len(array.data))]",
+    "another function": "[*(hash(array.data) for array in arrays)]",
+    "another name": "[*(len(a.data) for a in arrays)]",
+    "a constant": "[*(len(array.data) + 1 for array in arrays)]",
+    "both": "[*((len(array.data), array.data) for array in arrays)]",
+    "from within": "sum(len(array.data) for array in map(frombuffer, map(attrgetter('data'), arrays), repeat('uint8')))",
+    "a list": "[len(array.data) for array in arrays]",
+}
+
+
+def answers(code: str, arrays: list[Any], **names: Any) -> Any:
+    """Have an app's code run that has the arrays."""
+    names.update(arrays=arrays, frombuffer=np.frombuffer, attrgetter=operator.attrgetter, repeat=itertools.repeat)
+    return eval(code, names)
+
+
+def made_of(arrays: list[Any]) -> int:
+    """Tell how many of them have had their bytes made."""
+    return sum(blob.file is not None and blob.offset in blob.file.read for blob in map(lazy.of, arrays) if blob is not None)
 
 
 def test_who_wants_sizes_alone_has_no_bytes_made(gen: Generation) -> None:
     record = ArrayRecord(OrderedDict(a=Array(numbers(1)), b=Array(numbers(2)), c=Array(np.arange(3))))
-    made = [lazy.of(a) for a in record.values()]
-    assert [b is not None for b in made] == [True, True, False]
-
-    def bytes_made() -> int:
-        return sum(len(b.file.read) for b in {b.file: b for b in made if b is not None and b.file is not None}.values())
-
+    arrays = list(record.values())
+    assert [lazy.of(a) is not None for a in arrays] == [True, True, False]
     want = sum(map(len, (npy(numbers(1)), npy(numbers(2)), npy(np.arange(3)))))
-    app: dict[str, Any] = {}
-    exec(SIZES, app)
-    assert sum(len(array.data) for array in record.values()) == app["plain"](record.values()) == want
+    assert answers("sum(len(array.data) for array in arrays)", arrays) == want
     if importlib.util.find_spec("flwr.serverapp"):
         result = importlib.import_module("flwr.serverapp.strategy").Result
         assert f"({want / 1024**2:.3f} MB)" in repr(result(arrays=record))
-    assert bytes_made() == 0
-    shadowed: dict[str, Any] = {"len": lambda data: hash(bytes(data)) % 1000}
-    exec(SIZES, shadowed)
-    assert shadowed["plain"](record.values()) == sum(hash(a.data) % 1000 for a in record.values()) and bytes_made() == 2
-    assert app["whole"](record.values()) == [a.data for a in record.values()]
-    assert app["other"](record.values()) == [len(a.data) for a in record.values()]
+    assert made_of(arrays) == 0
+
+
+@pytest.mark.parametrize("code", ALIKE.values(), ids=ALIKE)
+def test_who_wants_more_has_the_bytes(gen: Generation, code: str) -> None:
+    arrays = [Array(numbers(1)), Array(numbers(2))]
+    assert answers(code, arrays) == answers(code, [plain_array(npy(numbers(i))) for i in (1, 2)])
+    assert made_of(arrays) == 2
+
+
+def test_a_len_of_the_apps_own_has_the_bytes(gen: Generation) -> None:
+    def own(data: Any) -> int:
+        return hash(bytes(data)) % 1000
+
+    code = "[*(len(array.data) for array in arrays)]"
+    for names in ({"len": own}, {"__builtins__": {**vars(builtins), "len": own}}):
+        arrays = [Array(numbers(3)), Array(numbers(4))]
+        assert answers(code, arrays, **names) == [own(npy(numbers(i))) for i in (3, 4)] and made_of(arrays) == 2
+
+
+AT_EXIT = """
+import atexit, operator, numpy
+from flwr.common import Array
+from _pergola_native import blobs, generations, packs
+generations.installed("client").lazy.arena = packs.WorkerPacks("c").arena
+atexit.register(operator.attrgetter("data"), Array(numpy.zeros(blobs.FROM)))
+"""
+
+
+@pytest.mark.once
+def test_bytes_are_there_where_no_code_of_pythons_asks(alone: Callable[[str], str]) -> None:
+    assert "Error" not in alone(AT_EXIT)
 
 
 def test_numbers_that_are_kept_do_not_keep_the_reply(gen: Generation) -> None:

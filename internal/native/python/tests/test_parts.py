@@ -6,7 +6,6 @@ import ctypes
 import inspect
 import json
 import os
-import platform
 import random
 import select
 import socket
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -368,27 +366,3 @@ def test_usage() -> None:
         assert p.returncode == 2 and "usage: boot.py server|client|check" in p.stderr
     p = run("client")
     assert p.returncode == 1 and "descriptor 3 is not a socket to a runner" in p.stderr
-
-
-KEPT = """
-import numpy as np
-from _pergola_native import server
-
-def taken(size):
-    def pages(): return int(open("/proc/self/statm").read().split()[1]) * 4096
-    before = pages()
-    a = np.ones(size, dtype=np.uint8)
-    del a
-    return pages() - before
-
-server.keep_memory()
-large, small = taken(server.KEPT_ARRAY + (1 << 20)), taken(server.KEPT_ARRAY - (1 << 20))
-print(large // (1 << 20), small // (1 << 20))
-"""
-
-
-@pytest.mark.once
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like")
-def test_the_server_keeps_what_arrays_of_a_round_take(alone: Callable[[str], str]) -> None:
-    large, small = map(int, alone(KEPT).split())
-    assert large < 20 and 100 < small < 200
