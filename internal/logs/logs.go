@@ -105,12 +105,9 @@ func (d Dir) Append(name string, offset, skipped int64, data []byte, times []Tim
 		if name == MetricsFile {
 			return have, fmt.Errorf("append to %s: it has no gaps: %w", path, ErrGap)
 		}
-		gaps, e := gapsOf(d.Path, segs)
-		if err = e; err == nil {
-			w, err = d.openSegment(name, segment{segmentFile(name, offset), offset})
-		}
-		if err == nil && d.OnGap != nil {
-			d.OnGap(name, Gap{have, offset}, len(gaps) == 0)
+		var first bool
+		if w, first, err = d.after(name, offset); err == nil && d.OnGap != nil {
+			d.OnGap(name, Gap{have, offset}, first)
 		}
 	case have-offset >= int64(len(data)) && len(segs) > 0:
 		return have, nil
@@ -135,6 +132,23 @@ func (d Dir) Append(name string, offset, skipped int64, data []byte, times []Tim
 		err = fmt.Errorf("append to log: %w", err)
 	}
 	return newOffset, err
+}
+
+// after goes on behind a gap, in a new segment, for which others may have to go. First tells that the log has been whole. The folder is locked.
+func (d Dir) after(name string, offset int64) (w *writer, first bool, err error) {
+	if err := d.enforce(); err != nil {
+		return nil, false, err
+	}
+	segs, err := segments(d.Path, name)
+	if err != nil {
+		return nil, false, err
+	}
+	gaps, err := gapsOf(d.Path, segs)
+	if err != nil {
+		return nil, false, err
+	}
+	w, err = d.openSegment(name, segment{segmentFile(name, offset), offset})
+	return w, len(gaps) == 0, err
 }
 
 // Size gives the offset at which the log at path ends, 0 if there is none.

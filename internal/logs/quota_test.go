@@ -358,6 +358,41 @@ func TestSet(t *testing.T) {
 	}
 }
 
+// A log that is copied with gaps, each copy less than a segment, stays within the quota too.
+func TestQuotaOverGaps(t *testing.T) {
+	data := numbered(100_000)
+	var firsts int
+	d := Dir{Path: t.TempDir(), Quota: 64 << 10, OnGap: func(_ string, _ Gap, first bool) {
+		if first {
+			firsts++
+		}
+	}}
+	at := d.headBytes()
+	_, err := d.Append("a.txt", 0, 0, data[:at], nil)
+	must(t, err)
+	for range 200 {
+		at += 2000
+		end, err := d.Append("a.txt", at, 2000, data[at:at+1000], nil)
+		must(t, err)
+		if at += 1000; end != at {
+			t.Fatalf("it ends at %d, want %d", end, at)
+		}
+		used, err := Usage(d.Path)
+		must(t, err)
+		if used > d.Quota {
+			t.Fatalf("%d bytes are kept of a quota of %d", used, d.Quota)
+		}
+	}
+	used, err := Usage(d.Path)
+	must(t, err)
+	if used < d.Quota/2 || firsts != 1 {
+		t.Errorf("%d bytes are kept of a quota of %d; the first gap was told of %d times", used, d.Quota, firsts)
+	}
+	if got := wholeOf(t, d.Path, "a.txt"); !strings.HasPrefix(got, string(data[:d.headBytes()])) || !strings.HasSuffix(got, string(data[at-1000:at])) {
+		t.Errorf("neither its beginning nor its newest bytes are kept: %d bytes", len(got))
+	}
+}
+
 // A piece of many segments goes in without more than the quota on the disk at any time.
 func TestQuotaWithinOneWrite(t *testing.T) {
 	data := numbered(100_000)
