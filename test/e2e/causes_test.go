@@ -496,7 +496,8 @@ func restarted(t *testing.T, res result) {
 			}
 		}
 	}
-	if len(codes) != 2 || codes[0] != -9 || codes[1] == -9 || warned != 1 || moved != 1 {
+	// The second ends with the job: by itself, or where it takes longer than that is given, killed as well.
+	if len(codes) != 2 || codes[0] != -9 || warned != 1 || moved != 1 {
 		t.Errorf("the supernodes of site-1 ended with %v, %d warnings, %d moves to ready or failed; want -9 and another, 1, 1", codes, warned, moved)
 	}
 	if rs := res.Summary.Rounds; len(rs) != 1 || len(rs[0].Phases["evaluate"]) == 0 {

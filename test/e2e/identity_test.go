@@ -212,10 +212,10 @@ func TestCertificatesRenew(t *testing.T) {
 	lateDir := filepath.Join(late.dir, "pergola", "contexts", "test")
 	issue(lateDir, "user", pki.Identity{Kind: pki.KindUser, Name: "late"}, time.Second)
 	issue(f.sites[1].dir, "site", pki.Identity{Kind: pki.KindSite, Name: "site-2"}, time.Second)
-	issue(f.sites[0].dir, "site", pki.Identity{Kind: pki.KindSite, Name: "site-1"}, 6*time.Second)
+	issue(f.sites[0].dir, "site", pki.Identity{Kind: pki.KindSite, Name: "site-1"}, 18*time.Second)
 	f.sites[0].start()
 	annaDir := filepath.Join(anna.dir, "pergola", "contexts", "test")
-	issue(annaDir, "user", pki.Identity{Kind: pki.KindUser, Name: "anna"}, 9*time.Second)
+	issue(annaDir, "user", pki.Identity{Kind: pki.KindUser, Name: "anna"}, 45*time.Second) // the last third is for one command
 
 	// Over: the agent ends and says what to do; that helps, and what the site has stays.
 	until(t, "the end of site-2's certificate", func() bool { return time.Now().After(end(f.sites[1].dir, "site")) })
