@@ -24,6 +24,8 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/pergolafl/pergola/internal/flower"
 	"github.com/pergolafl/pergola/internal/pyenv"
 	"github.com/pergolafl/pergola/test/internal/plain"
@@ -548,7 +550,13 @@ func (o nativeOptions) steps(ctx context.Context, s setting, f *figures) error {
 	share("aggregation of the strategy", f.own, "the app's")
 	// Per message process, one copy in and one out; sites work side by side where there are cores.
 	copies := (down + up) * 2 * size / copied
-	share("everything else: Flower's objects, copies, the way", rest, fmt.Sprintf("%.3f copies (%.1f GB/s), %.3f TLS (%.1f GB/s)", copies, copied/1e9, (down+up)*size/tls, tls/1e9))
+	// The model lies at the hub and at two sites, and two replies at their sites and at the hub: once each, if all memory is used again.
+	fresh, err := touch(7 * s.numbers * bytesPerNumber)
+	if err != nil {
+		return err
+	}
+	share("everything else: Flower's objects, copies, the way", rest, fmt.Sprintf("%.3f copies (%.1f GB/s), %.3f TLS (%.1f GB/s), %.3f new memory (%.1f GB/s)",
+		copies, copied/1e9, (down+up)*size/tls, tls/1e9, 7*size/fresh, fresh/1e9))
 	if err := t.Flush(); err != nil {
 		return err
 	}
@@ -572,6 +580,20 @@ func memcpy(n int) (best float64) {
 		best = max(best, float64(n)/time.Since(begun).Seconds())
 	}
 	return best
+}
+
+// touch is how many bytes a second one core gets of memory that it has not had before.
+func touch(n int) (float64, error) {
+	pages, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return 0, os.NewSyscallError("mmap", err)
+	}
+	begun := time.Now()
+	for i := 0; i < n; i += os.Getpagesize() {
+		pages[i] = 1
+	}
+	speed := float64(n) / time.Since(begun).Seconds()
+	return speed, os.NewSyscallError("munmap", unix.Munmap(pages))
 }
 
 // clients: many logical clients at 2 sites, beside Flower's simulation engine.
