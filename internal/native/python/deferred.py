@@ -1,7 +1,7 @@
-"""Parts of Flower that an app's process imports and does not use: its stores in a database.
+"""What Flower imports in an app's process and does not use there: stores in a database, and clients of HTTP.
 
-Many versions from 1.26 on import SQLAlchemy and Alembic with them, which is half the time of the whole import, and 28 MB.
-Here they are imported by who uses them first.
+Many versions from 1.26 on import SQLAlchemy and Alembic with the stores, which is half the time of the whole import, and
+28 MB; HTTPX is another sixth. Here they are imported by who uses them first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
@@ -20,6 +20,9 @@ CLASSES = {
     "flwr.server.superlink.linkstate.sql_linkstate": "SqlLinkState",
     "flwr.supercore.object_store.sql_object_store": "SqlObjectStore",
 }
+
+# Modules of which Flower asks nothing when it imports them.
+MODULES = ("httpx", "requests")
 
 
 class Later:
@@ -55,14 +58,31 @@ class _Standing(Loader, MetaPathFinder):
         self._found: set[str] = set()
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in CLASSES or name in self._found or PathFinder.find_spec(name, path, target) is None:
+        if (
+            (name not in CLASSES and name not in MODULES)
+            or name in self._found
+            or PathFinder.find_spec(name, path, target) is None
+        ):
             return None
         self._found.add(name)
         return ModuleSpec(name, self)
 
     def exec_module(self, module: ModuleType) -> None:
-        name = CLASSES[module.__name__]
-        setattr(module, name, Later(module.__name__, name))
+        of = module.__name__
+        if of in CLASSES:
+            setattr(module, CLASSES[of], Later(of, CLASSES[of]))
+            return
+
+        def find(name: str) -> Any:
+            _forget(of)
+            return getattr(importlib.import_module(of), name)
+
+        _finds(module, find)
+
+
+def _finds(module: ModuleType, find: Callable[[str], Any]) -> None:
+    """Have a module ask for what is not there (PEP 562)."""
+    setattr(module, "__getattr__", find)  # noqa: B010 - as an assignment, it would be one to a method
 
 
 def _forget(name: str) -> None:
@@ -73,7 +93,7 @@ def _forget(name: str) -> None:
     del sys.modules[name]
     package, _, own = name.rpartition(".")
     parent = sys.modules.get(package)
-    if parent is None:
+    if parent is None or name in MODULES:
         return
     names = {n for n, v in vars(parent).items() if v is module or v is getattr(module, CLASSES[name])}
     for n in names:
@@ -88,17 +108,17 @@ def _forget(name: str) -> None:
             return before(n)
         raise AttributeError(f"module {package!r} has no attribute {n!r}", name=n, obj=parent)
 
-    setattr(parent, "__getattr__", find)  # noqa: B010 - which a module has for what is not there (PEP 562)
+    _finds(parent, find)
 
 
 @contextlib.contextmanager
-def stores() -> Iterator[None]:
-    """Have what is imported meanwhile do without the stores."""
+def imports() -> Iterator[None]:
+    """Have what is imported meanwhile do without."""
     standing = _Standing()
     sys.meta_path.insert(0, standing)
     try:
         yield
     finally:
         sys.meta_path.remove(standing)
-        for name in CLASSES:
+        for name in (*CLASSES, *MODULES):
             _forget(name)

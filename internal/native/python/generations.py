@@ -309,7 +309,7 @@ def installed(*roles: str) -> Generation:
     collects = gc.isenabled()
     gc.disable()  # importing makes a great many objects that stay: looking through them costs a sixth of it
     try:
-        with deferred.stores():
+        with deferred.imports():
             return _find(roles)
     finally:
         if collects:

@@ -14,6 +14,20 @@ from typing import Any
 import pytest
 from _pergola_native import deferred
 
+FACTORY = """
+import shelf_wire
+from .store import Store
+
+def make(*args, **kwargs):
+    return Store(*args, **kwargs)
+
+def fetch():
+    try:
+        return shelf_wire.get()
+    except shelf_wire.Error as e:
+        return e
+"""
+
 STORE = """
 import shelf.costly
 
@@ -30,17 +44,21 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTyp
     folder = tmp_path / "shelf"
     folder.mkdir()
     (folder / "__init__.py").write_text("from .factory import make\nfrom .store import Store\n\n__all__ = ['Store', 'make']\n")
-    (folder / "factory.py").write_text("from .store import Store\n\ndef make(*args, **kwargs): return Store(*args, **kwargs)\n")
+    (folder / "factory.py").write_text(FACTORY)
     (folder / "store.py").write_text(STORE)
     (folder / "costly.py").write_text("")
+    (tmp_path / "shelf_wire.py").write_text("import shelf.costly\n\nclass Error(Exception): pass\n\ndef get(): raise Error\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(deferred, "CLASSES", {"shelf.store": "Store", "shelf.missing": "Store"})
+    monkeypatch.setattr(deferred, "MODULES", ("shelf_wire", "shelf_missing"))
     before = list(sys.meta_path)
-    with deferred.stores():
+    with deferred.imports():
         package = importlib.import_module("shelf")
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("shelf.missing")
-    assert sys.meta_path == before and not costs() and "shelf.store" not in sys.modules
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("shelf_missing")
+    assert sys.meta_path == before and not costs() and not {"shelf.store", "shelf_wire"} & set(sys.modules)
     yield package
     forget()
 
@@ -91,18 +109,38 @@ def test_everybody_else_has_the_real_class(shelf: Any, way: Callable[[Any], Any]
         shelf.other
 
 
+def test_a_module_is_there_for_who_asks_something_of_it(shelf: Any) -> None:
+    error = shelf.factory.fetch()
+    assert costs() and type(error) is importlib.import_module("shelf_wire").Error is shelf.factory.shelf_wire.Error
+    with pytest.raises(AttributeError, match="module 'shelf_wire' has no attribute 'other'"):
+        shelf.factory.shelf_wire.other
+
+
+def test_who_imports_a_part_of_a_module_has_all_of_it(shelf: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget()
+    (tmp_path / "shelf_wire.py").unlink()
+    (tmp_path / "shelf_wire").mkdir()
+    (tmp_path / "shelf_wire" / "__init__.py").write_text("whole = True\n")
+    (tmp_path / "shelf_wire" / "part.py").write_text("from . import whole\n")
+    importlib.invalidate_caches()
+    with deferred.imports():
+        package = importlib.import_module("shelf")
+        assert importlib.import_module("shelf_wire.part").whole is True
+    assert package.factory.shelf_wire.part is sys.modules["shelf_wire"].part
+
+
 def test_a_package_that_finds_names_itself_does_so_still(tmp_path: Path, shelf: Any) -> None:
     forget()
     with (tmp_path / "shelf" / "__init__.py").open("a") as f:
         f.write("\ndef __getattr__(name): return name * 2\n")
     importlib.invalidate_caches()
-    with deferred.stores():
+    with deferred.imports():
         package = importlib.import_module("shelf")
     assert package.ab == "abab" and not costs() and package.Store is package.store.Store
 
 
 def forget() -> None:
-    for name in [n for n in sys.modules if n.partition(".")[0] == "shelf"]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("shelf", "shelf_wire")]:
         del sys.modules[name]
 
 
@@ -110,7 +148,7 @@ def test_in_the_midst_of_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     forget()
     (tmp_path / "shelf" / "__init__.py").write_text("from .factory import make\nmade = make('early')\nfrom .store import Store\n")
     importlib.invalidate_caches()
-    with deferred.stores():
+    with deferred.imports():
         package = importlib.import_module("shelf")
     assert package.made.name == "early" and type(package.made) is package.Store is package.store.Store
 
@@ -120,7 +158,7 @@ import importlib.util, sys
 from _pergola_native import generations, deferred
 
 generations.installed("server", "client")
-assert "sqlalchemy" not in sys.modules and not any(m in sys.modules for m in deferred.CLASSES)
+assert not {"sqlalchemy", *deferred.CLASSES, *deferred.MODULES} & set(sys.modules)
 for m, n in deferred.CLASSES.items():
     try:
         there = importlib.util.find_spec(m)
