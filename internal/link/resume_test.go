@@ -380,10 +380,8 @@ func TestViolations(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				l, conn := lineTo(t, 64<<10)
-				if _, err := conn.Write(b); err != nil {
-					t.Fatal(err)
-				}
-				_, _ = io.Copy(io.Discard, conn) // until it is dropped
+				_, _ = conn.Write(b)             // it may be dropped before all of it is there
+				_, _ = io.Copy(io.Discard, conn) // until it is
 				synctest.Wait()
 				s := l.snapshot()
 				if s.Cuts != 1 || l.violations != 1 || l.failure() != nil {
