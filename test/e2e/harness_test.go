@@ -224,7 +224,7 @@ func start(t *testing.T, s spec) *run {
 		at := time.Now()
 		select {
 		case <-read:
-		case <-time.After(5 * time.Second): // somebody else holds the pipe; what is left is found below
+		case <-time.After(30 * time.Second): // somebody else holds the pipe; what is left is found below
 			pr.Close()
 			<-read
 		}
