@@ -33,8 +33,7 @@ class Later:
 
     def _pergola_real(self) -> Any:
         module, name = self._pergola_class
-        _forget(module)
-        return getattr(importlib.import_module(module), name)
+        return getattr(_real(module), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._pergola_real()(*args, **kwargs)
@@ -73,16 +72,18 @@ class _Standing(Loader, MetaPathFinder):
             setattr(module, CLASSES[of], Later(of, CLASSES[of]))
             return
 
-        def find(name: str) -> Any:
-            _forget(of)
-            return getattr(importlib.import_module(of), name)
-
-        _finds(module, find)
+        _finds(module, lambda name: getattr(_real(of), name))
 
 
 def _finds(module: ModuleType, find: Callable[[str], Any]) -> None:
     """Have a module ask for what is not there (PEP 562)."""
     setattr(module, "__getattr__", find)  # noqa: B010 - as an assignment, it would be one to a method
+
+
+def _real(name: str) -> ModuleType:
+    """Import a module, also while others are given an empty one."""
+    _forget(name)
+    return importlib.import_module(name)
 
 
 def _forget(name: str) -> None:

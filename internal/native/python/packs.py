@@ -228,25 +228,25 @@ class ServerPacks(_Written):
         """Note that the runner has not been told what `put` gave."""
         with self._lock:
             self._untold[:0] = dropped
-            for pack in self._packs.values():
-                if pack.name == name:
-                    pack.known = pack.known and fd is None
+            for pack in self._called(name):
+                pack.known = pack.known and fd is None
 
     def answered(self, name: str) -> None:
         """Note that a message that names a pack waits no longer."""
         with self._lock:
-            for pack in self._packs.values():
-                if pack.name == name:
-                    pack.waiting -= 1
+            for pack in self._called(name):
+                pack.waiting -= 1
 
     def forgot(self, name: str) -> None:
         """Note that the runner holds that pack no more."""
         with self._lock:
             if self._dropped.pop(name, None) is not None:
                 return
-            for pack in self._packs.values():
-                if pack.name == name:
-                    pack.known = False
+            for pack in self._called(name):
+                pack.known = False
+
+    def _called(self, name: str) -> list[_Pack]:
+        return [pack for pack in self._packs.values() if pack.name == name]
 
 
 class WorkerPacks(_Written):
